@@ -492,10 +492,14 @@ class Query:
 
 @dataclass
 class Answer:
-    """What only the judge sees: target [B, Ho, Wo] with PAD outside, target_size [B, 2]."""
+    """What only the judge sees: target [B, Ho, Wo] with PAD outside, target_size [B, 2].
+
+    shapes are the same sizes as plain numbers, for work on the host that must not wait for the device.
+    """
 
     target: Tensor
     target_size: Tensor
+    shapes: tuple[tuple[int, int], ...] = ()
 
     @property
     def mask(self) -> Tensor:
@@ -567,7 +571,7 @@ def collate(contexts: Sequence[Context], answers: Sequence[Grid] | None = None) 
     if answers is None:
         return query, None
     targets = [context.augmentation.apply(grid) for context, grid in zip(contexts, answers, strict=True)]
-    return query, Answer(*map(torch.from_numpy, _canvas(targets)))
+    return query, Answer(*map(torch.from_numpy, _canvas(targets)), shapes=tuple(grid.shape for grid in targets))
 
 
 # 4. Batches --------------------------------------------------------------------------------------------------------

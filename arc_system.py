@@ -1,28 +1,27 @@
 """The whole solver as one object: its parts, the device, the precision, the optimizers, the averaged weights.
 
 May import everything below it (config, arc_data, the parts). Used by evaluate and by the driver.
-Everything that predicts takes a Query; answers enter only `Judgement`-like functions of the driver and the loss.
+Everything here that predicts takes a Query; answers enter only the loss and the judging functions above this layer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arc_data import NUM_COLORS, PAD, Query, canvas_side
+from arc_data import PAD, Query, canvas_side
 from config import ConfigError, TrainConfig
-from demo_prior import NUM_FEATURES, PriorCache, canonical_colors, color_map
+from demo_prior import NUM_FEATURES, PriorCache
 from grid_accuracy_loss import ARCPromptGuidedAgent, Reading, Trajectory, with_backward
 from loss_function import EFELoss
 from policy_refined import PolicyRefinedAgent
 from qwen_hybrid_prompt import Prompt, QwenHybridPrompt
-from reward_shaping import cells_union
 from solver2 import MemoryBuffer, MemoryReader, Recall, ZTable
 
 CONTROL_DIM = 32
@@ -138,7 +137,7 @@ class Scene:
 
 
 class ARCSystem(nn.Module):
-    """Own the parts. Trainable: prompt_model, agent, policy, efe_loss, memory_reader. State: memory, z_table, prior cache."""
+    """Own the parts: prompt_model, agent, policy, efe_loss, memory_reader train; memory, z_table, prior are state."""
 
     def __init__(self, config: TrainConfig, num_tasks: int):
         super().__init__()
@@ -165,9 +164,8 @@ class ARCSystem(nn.Module):
 
     def observe(self, query: Query) -> Scene:
         """Return features, size belief, prompt and memories of a batch of queries."""
-        device = query.input.device
-        features = self.prior.features(query).to(device)
-        size_log_prob = self.prior.size_log_prob(query).to(device)
+        features = self.prior.features(query)
+        size_log_prob = self.prior.size_log_prob(query)
         size_logits = self.agent.predict_size(query, features, size_log_prob)
         prompt = self.prompt_model(query, features)
         recall, embedding = None, prompt.embedding
@@ -175,20 +173,28 @@ class ARCSystem(nn.Module):
             names = [context.task_id for context in query.contexts]
             recall = self.memory.recall(features, prompt.embedding, names)
             embedding = self.memory_reader.extend_prompt(embedding, recall)
-        canonical = torch.stack([torch.from_numpy(canonical_colors(*c.seen())) for c in query.contexts]).long()
-        return Scene(features, size_log_prob, size_logits, prompt, embedding, recall, canonical.to(device))
+        canonical = self.prior.canonical(query)
+        return Scene(features, size_log_prob, size_logits, prompt, embedding, recall, canonical)
 
-    def preference(self, query: Query, scene: Scene, size: Tensor, side: int) -> Tensor:
-        """Return the preference C [B, side, side, 10] for outputs of the given size, with what the memory adds."""
-        log_prob = self.prior.preferences(query, size, side).to(query.input.device)
+    def preference(self, query: Query, scene: Scene, size: Tensor | Sequence[tuple[int, int]], side: int) -> Tensor:
+        """Return the preference C [B, side, side, 10] for outputs of the given size, with what the memory adds.
+
+        Sizes given as plain numbers spare a wait for the device.
+        """
+        log_prob = self.prior.preferences(query, size, side)
         if self.memory_reader is None:
             return log_prob
         seen = on_canvas(query.input, side)
         return self.memory_reader.extend_preference(log_prob, scene.recall, scene.canonical, seen)
 
-    def read(self, query: Query, scene: Scene, size: Tensor, side: int) -> tuple[Reading, Tensor]:
-        """Return the reading for outputs of `size` on a side x side canvas, and the preference C it started from."""
-        preference = self.preference(query, scene, size, side)
+    def read(
+        self, query: Query, scene: Scene, size: Tensor, side: int, shapes: Sequence[tuple[int, int]] = ()
+    ) -> tuple[Reading, Tensor]:
+        """Return the reading for outputs of `size` on a side x side canvas, and the preference C it started from.
+
+        `shapes`: the sizes as plain numbers, if the caller has them.
+        """
+        preference = self.preference(query, scene, shapes or size, side)
         return self.agent.read(query, size, side, preference=preference), preference
 
     def plan(self, scene: Scene, reading: Reading, embedding: Tensor) -> Trajectory:
@@ -212,7 +218,7 @@ class ARCSystem(nn.Module):
         return {**state, "prompt_model": self.prompt_model.checkpoint_state()}
 
     def load_checkpoint_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Restore every part. Raises: KeyError or RuntimeError when a tensor is missing, unexpected or of another shape."""
+        """Restore every part. Raises: KeyError or RuntimeError when a tensor is missing or unexpected."""
         for name, part in self.named_children():
             load = self.prompt_model.load_checkpoint_state if name == "prompt_model" else part.load_state_dict
             load(state[name])
@@ -223,8 +229,8 @@ class ARCSystem(nn.Module):
         memory = self.memory.state_dict()
         tensors |= {f"memory.rows.{name}": rows for name, rows in memory.pop("rows").items()}
         tensors |= {f"memory.{name}": memory.pop(name) for name in ("mean", "squares")}
-        facts = {"num_tasks": self.z_table.z.shape[0] - 1, "model_revision": self.prompt_model.revision, "memory": memory}
-        return tensors, facts
+        tasks = self.z_table.z.shape[0] - 1
+        return tensors, {"num_tasks": tasks, "model_revision": self.prompt_model.revision, "memory": memory}
 
     def import_state(self, tensors: dict[str, Tensor], facts: dict) -> None:
         """Restore what `export_state` returned. Raises: ConfigError when the language model is another revision."""

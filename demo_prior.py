@@ -441,3 +441,25 @@ class PriorCache:
             )
             rows.append(marginals[::-1] if context.augmentation.transposes else marginals)
         return torch.from_numpy(np.stack(rows)).to(query.input.device)
+
+    def canonical(self, query: Query) -> Tensor:
+        """Return canonical colours [B, 10] int64: the frequency rank of each (augmented) colour."""
+        rows = np.empty((len(query), NUM_COLORS), np.int64)
+        for row, context in zip(rows, query.contexts, strict=True):
+            row[list(context.augmentation.colors)] = self._canonical(context)
+        return torch.from_numpy(rows).to(query.input.device)
+
+    def color_maps(self, query: Query) -> Tensor:
+        """Return color_map in canonical colours, float32 [B, 10, 10] on the host; the same under every augmentation."""
+        maps = [
+            self._get(("map", c.key), lambda c=c: color_map(c.demonstrations, self._canonical(c)))
+            for c in query.contexts
+        ]
+        return torch.from_numpy(np.stack(maps))
+
+    def size_rules(self, query: Query) -> list[str]:
+        """Return the name of each context's size rule."""
+        return [self._get(("rule", c.key), lambda c=c: size_rule(c.demonstrations, c.input)[0]) for c in query.contexts]
+
+    def _canonical(self, context: Context) -> np.ndarray:
+        return self._get(("ranks", context.key), lambda: canonical_colors(context.demonstrations, context.input))

@@ -135,14 +135,14 @@ def look_at_true_size(tally: Tally, system: ARCSystem, runtime: Runtime, query: 
         proposal = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
         refined = system.policy.refine(scene.embedding, proposal, 0)
         side = answer.target.shape[-1]
-        reading, preference = system.read(query, scene, answer.target_size, side)
+        reading, preference = system.read(query, scene, answer.target_size, side, answer.shapes)
         own = system.plan(scene, reading, refined)
         shuffled = system.plan(scene, reading, refined.roll(1, 0)) if len(query) > 1 else None
     right, cells = cell_accuracy(decode(own), answer.target)
     tally.add("cells_true", right / cells)
     nats = cell_nats(own.final(), answer)
     tally.add("nats", nats)
-    prior = system.prior.preferences(query, answer.target_size, side).to(runtime.device)
+    prior = system.prior.preferences(query, answer.shapes, side).to(runtime.device)
     tally.add("prior_nats", cell_nats(prior, answer))
     if shuffled is not None:
         tally.add("paired_nats", nats)

@@ -34,7 +34,7 @@ READ_FLOOR = 1e-3  # uniform share of the read mixture
 class Trajectory:
     """What one run of the planner believes, step by step.
 
-    forward [B, T, H, W, C] logits f_1..f_T; backward [B, T, Hb, Wb, C] logits with backward[:, t] = b_t for t = 0..T-1
+    forward [B, T, H, W, C] logits f_1..f_T; backward [B, T, Hb, Wb, C] logits, backward[:, t] = b_t for t = 0..T-1
     (b_0 is matched with the input grid; the frame Hb x Wb covers both the input and the output canvas), or None;
     state_logits [B, T, H, W, S] and likelihood_logits [S, C]: latent codes, P(o|s) = softmax over C;
     preference_logits [B, H, W, C]; halt_logits [B, T]; row_logits, col_logits [B, 30] for sizes 1..30;
@@ -53,7 +53,7 @@ class Trajectory:
     mask: Tensor
 
     def final(self) -> Tensor:
-        """Return the belief [B, H, W, C] of the step at which the halting head stops, the last one where it does not."""
+        """Return the belief [B, H, W, C] of the step at which the halting head stops, else of the last."""
         steps = self.halt_logits.shape[1]
         stops = self.halt_logits > 0
         first = torch.where(stops.any(1), stops.int().argmax(1), steps - 1)
@@ -72,19 +72,20 @@ class Reading:
     direction: int
 
     def repeat(self, groups: int) -> Reading:
-        """Return the reading of G copies of the batch, [G*B, ...], group-major, detached (used to score refinements)."""
+        """Return the reading of G copies of the batch, [G*B, ...], group-major and detached."""
 
         def tile(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.detach().repeat(groups, *([1] * (x.dim() - 1)))
 
-        return Reading(tile(self.hidden), tile(self.prior_logits), tile(self.read_logits), tile(self.mask), self.direction)
+        tiled = (tile(x) for x in (self.hidden, self.prior_logits, self.read_logits, self.mask))
+        return Reading(*tiled, self.direction)
 
 
 # Grids in ------------------------------------------------------------------------------------------------------------
 
 
 def grid_colors(grid: Tensor) -> Tensor:
-    """Return colours [B, H, W] int64 of a grid given as [H, W] or [B, H, W] numbers, or one-hot [10, H, W] / [B, 10, H, W].
+    """Return colours [B, H, W] int64 of [H, W] or [B, H, W] numbers, or of [10, H, W] or [B, 10, H, W] one-hot.
 
     Raises: ValueError when a number is not a whole colour 0..9 (or PAD), or the shape is none of these.
     Note: a [10, H, W] tensor is read as one-hot when each cell holds a single 1, otherwise as a batch of ten grids.
@@ -98,7 +99,7 @@ def grid_colors(grid: Tensor) -> Tensor:
             colors = grid.argmax(one_hot_axis)
             return colors if colors.dim() == 3 else colors[None]
     if grid.dim() != 3:
-        raise ValueError(f"expected a grid [H, W], [10, H, W] one-hot or a batch of either, got shape {tuple(grid.shape)}")
+        raise ValueError(f"expected [H, W], one-hot [10, H, W] or a batch of either, got shape {tuple(grid.shape)}")
     colors = grid.long()
     if not ((colors == grid).all() and (((colors >= 0) & (colors < NUM_COLORS)) | (colors == PAD)).all()):
         raise ValueError("grid cells must be whole numbers 0-9")
@@ -155,7 +156,7 @@ def _box_corner(member: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rays(grid: Tensor, background: Tensor) -> Tensor:
-    """Return [B, 4, H, W]: the first foreground colour strictly to the left, right, above and below; OUTSIDE if none."""
+    """Return [B, 4, H, W]: the first foreground colour to the left, right, above and below; OUTSIDE if none."""
 
     def look_left(colors: Tensor) -> Tensor:
         foreground = (colors != background.view(-1, 1, 1)) & (colors != PAD)
@@ -357,7 +358,7 @@ class DemonstrationRead(nn.Module):
         nn.init.zeros_(self.gate.bias)
 
     def attend(self, q: Tensor, k: Tensor, values: Tensor, valid: Tensor) -> Tensor:
-        """Return evidence [B, R, n, E] read by cells q [B, n, D] from cells k [B, K, D] with values [B, K, E], valid [B, K]."""
+        """Return evidence [B, R, n, E] that q [B, n, D] read from k [B, K, D] with values [B, K, E], valid [B, K]."""
         batch = q.shape[0]
         q = F.normalize(self.query(q).view(batch, -1, self.heads, self.head_dim).float(), dim=-1).transpose(1, 2)
         k = F.normalize(self.key(k).view(batch, -1, self.heads, self.head_dim).float(), dim=-1).transpose(1, 2)
@@ -490,7 +491,7 @@ class ARCPromptGuidedAgent(nn.Module):
     def read(
         self, query: Query, size: Tensor, side: int, *, preference: Tensor | None = None, direction: int = FORWARD
     ) -> Reading:
-        """Return what the cells of outputs of the given size [B, 2] on a side x side canvas learn from the demonstrations.
+        """Return what the cells of outputs of size [B, 2] on a side x side canvas learn from the demonstrations.
 
         preference [B, side, side, C] are the log-probabilities C (forward only). In the backward direction the canvas
         is the common frame and also covers the cells of the grid that is looked at.
@@ -568,7 +569,7 @@ class ARCPromptGuidedAgent(nn.Module):
         return self.plan(reading, prompt).forward.flip(1)
 
     def forward(self, query: Query | Tensor, prompt: Tensor, size: Tensor | None = None, **kwargs) -> Trajectory:
-        """Return the forward trajectory for a Query, or for bare grids in any form `grid_colors` accepts (no demonstrations).
+        """Return the forward trajectory for a Query, or for bare grids in any form `grid_colors` accepts.
 
         size [B, 2] is the output size to plan on; default: the input's.
         """
@@ -597,7 +598,7 @@ def _thin(keys: Tensor, values: Tensor, valid: Tensor, limit: int) -> tuple[Tens
 def initial_likelihood(num_codes: int) -> Tensor:
     """Return logits [S, C] of P(o|s): code s stands for colour s mod 10, the later codes are softer.
 
-    Every colour has as many codes of each sharpness, so uniform Q(s) gives exactly uniform Q(o) when S is a multiple of 10.
+    Every colour has as many codes of each sharpness, so uniform Q(s) gives uniform Q(o) when S is a multiple of 10.
     """
     codes = torch.arange(num_codes)
     sharpness = 6.0 / (1 + codes // NUM_COLORS).float()
@@ -614,7 +615,7 @@ def decode_states(state_logits: Tensor, likelihood_logits: Tensor) -> Tensor:
 
 
 def cell_accuracy(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (right, cells) per sample [B]: colours [B, H, W] compared where the target is not PAD, at its true size."""
+    """Return (right, cells) per sample [B]: colours [B, H, W] compared where the target is not PAD."""
     mask = target != PAD
     return ((prediction == target) & mask).sum((1, 2)), mask.sum((1, 2))
 
@@ -633,7 +634,7 @@ class GridAccuracyLoss(nn.Module):
     """One minus the expected cell accuracy: differentiable, 0 when every target colour has probability 1."""
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the batch mean of 1 - mean_cells p(target), from logits [B, H, W, C] and target [B, H, W] (PAD outside)."""
+        """Return the batch mean of 1 - mean p(target) over cells, from logits [B, H, W, C] and target [B, H, W]."""
         mask = target != PAD
         safe = torch.where(mask[..., None], logits.float(), 0)
         right = safe.softmax(-1).gather(-1, torch.where(mask, target, 0)[..., None]).squeeze(-1)

@@ -24,7 +24,6 @@ if __name__ == "__main__":  # --help and every usage error answer before torch i
         sys.exit(2)
 
 import dataclasses
-import json
 import os
 import signal
 import time
@@ -69,7 +68,6 @@ from config import (
     resume_config,
     to_dict,
 )
-from demo_prior import color_map, size_rule
 from evaluate import baselines, decode, validate
 from grid_accuracy_loss import Trajectory, exact_match, parameter_count
 from loss_function import EFETerms
@@ -104,7 +102,7 @@ from report import (
     terms_line,
     update_ratio_line,
 )
-from reward_shaping import dense_reward, potentials, shaping_reward
+from reward_shaping import dense_reward, potentials
 from solver2 import Candidates
 
 MAX_BAD_STEPS = 20
@@ -144,7 +142,7 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
     """Return the loss of one batch, and the policy's, without changing anything."""
     scene = system.observe(query)  # rule text -> Qwen -> prompt, and the memories it recalls
     side = answer.target.shape[-1]
-    reading, preference = system.read(query, scene, answer.target_size, side)  # teacher-forced size
+    reading, preference = system.read(query, scene, answer.target_size, side, answer.shapes)  # size given
     samples = system.config.policy.rl_samples if moment.scores_refinements else 1
     generator = keyed_generator(query.input.device, system.config.run.seed, "refine", moment.step)
     proposal = system.policy.propose(scene.prompt, scene.features, samples, generator)
@@ -286,14 +284,12 @@ def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResu
     worked = torch.zeros_like(score) if result.reward is None else (result.reward > 0).float()
     host = torch.cat((embedding, (result.refined - result.scene.embedding) * worked[:, None],
                       result.scene.features, score[:, None], exact[:, None]), 1).float().cpu()  # fmt: skip
-    prompt, delta, features, score, exact = host.split((embedding.shape[1],) * 2 + (host.shape[1] - 2 * embedding.shape[1] - 2, 1, 1), 1)
+    widths = (embedding.shape[1], embedding.shape[1], result.scene.features.shape[1], 1, 1)
+    prompt, delta, features, score, exact = host.split(widths, 1)
     tasks, pairs = [c.task_id for c in query.contexts], [c.pair_id for c in query.contexts]
-    canonical = result.scene.canonical.cpu().numpy()
-    maps = [color_map(c.seen()[0], ranks) for c, ranks in zip(query.contexts, canonical, strict=True)]
     candidates = Candidates(
-        task_ids=tasks, pair_ids=pairs, size_rules=[size_rule(c.demonstrations, c.input)[0] for c in query.contexts],
-        features=features, prompt=prompt, delta=delta, color_map=torch.stack([torch.from_numpy(m) for m in maps]),
-        score=score[:, 0], exact=exact[:, 0] > 0,
+        task_ids=tasks, pair_ids=pairs, size_rules=system.prior.size_rules(query), features=features, prompt=prompt,
+        delta=delta, color_map=system.prior.color_maps(query), score=score[:, 0], exact=exact[:, 0] > 0,
     )  # fmt: skip
     if result.scene.recall is not None:
         system.memory.count_hits(result.scene.recall)
@@ -522,8 +518,8 @@ def run_validation(run: Run) -> dict[str, float]:
 def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
     """Print and store the epoch's summary, keep the best weights, and save the state as validated."""
     state, values = run.state, means(run.state.epoch_sums)
-    text = [epoch_summary(state.epoch, values.get("loss"), values.get("reward"), values.get("qwen_grad"),
-                          scores and scores["exact"], scores and scores["outputs"], scores and scores["accuracy_delta"])]  # fmt: skip
+    judged = [scores[name] if scores else None for name in ("exact", "outputs", "accuracy_delta")]
+    text = [epoch_summary(state.epoch, values.get("loss"), values.get("reward"), values.get("qwen_grad"), *judged)]
     text.append(terms_line({n.removeprefix("term/"): v for n, v in values.items() if n.startswith("term/")}))
     if scores:
         base = run.baselines
@@ -554,7 +550,7 @@ def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
 
 
 def keep_best(run: Run, scores: dict[str, float]) -> bool:
-    """Store the best weights (most exact, then most cells, then the earlier); return True for the best Accuracy_Delta."""
+    """Keep the best weights (exact, then cells, then the earlier); return True for the best Accuracy_Delta."""
     best = run.state.best
     rank = (scores["exact"], scores["cells_predicted"])
     if rank > (best.get("exact", -1), best.get("cells_predicted", -1.0)):
@@ -620,7 +616,8 @@ def end_session(run: Run) -> int:
     """Say how to go on after a signal or the end of the time; return the exit code."""
     state, number = run.state, run.stop.signal
     run.folder.set_status("interrupted" if number else "paused", epoch=state.epoch, batch=state.batch)
-    run.console.say(banner_line("saved", f"epoch {state.epoch}, batch {state.batch} -> step_{state.step:09d}.pt"), always=True)
+    where = f"epoch {state.epoch}, batch {state.batch} -> {run.store.path(state.step).name}"
+    run.console.say(banner_line("saved", where), always=True)
     out = "" if run.config.run.out == "runs" else f" --out {run.config.run.out}"
     run.console.say(banner_line("continue", f"python {Path(__file__).name} --resume{out}"), always=True)
     return 128 + number if number else 0
@@ -662,19 +659,20 @@ def build_run(command: CommandLine, console: Console, chosen: Any) -> Run:
     sampler = TaskSampler(tasks, resolved.data, resolved.run.seed, resolved.data.batch_cells)
     table = {task.id: index for index, task in enumerate(tasks)}
     items = test_items(select_tasks(tasks, resolved.run.eval_tasks), table)
-    console.say(banner_line("data", f"{resolved.data.data} {hashed[:7]}, {len(tasks)} tasks, {sampler.num_pairs} "
-                            f"training pairs, {len(items)} unseen test pairs of the same tasks"))  # fmt: skip
+    counts = f"{len(tasks)} tasks, {sampler.num_pairs} training pairs, {len(items)} unseen test pairs of the same tasks"
+    console.say(banner_line("data", f"{resolved.data.data} {hashed[:7]}, {counts}"))
     system = ARCSystem(resolved, len(tasks)).to(device)
     revision = system.prompt_model.revision
     llm = sum(p.numel() for _, p in system.language_parameters())
-    console.say(banner_line("model", f"{resolved.prompt.model}@{revision[:12]} ({resolved.prompt.train_llm}, {llm:,} "
-                            f"parameters train), planner {resolved.agent.preset} ({parameter_count(system.agent):,})"))  # fmt: skip
+    planner = f"planner {resolved.agent.preset} ({parameter_count(system.agent):,} parameters)"
+    written = f"{resolved.prompt.model}@{revision[:12]} ({resolved.prompt.train_llm}, {llm:,} parameters train)"
+    console.say(banner_line("model", f"{written}, {planner}"))
     if chosen is not None:
         folder = RunFolder(chosen.path)
         saved = folder.read_config()
         check_resume(from_dict(TrainConfig, saved["config"]), resolved, folder.name)
         if (saved["data_hash"], saved["model_revision"]) != (hashed, revision):
-            raise CheckpointError("the data or the language model has changed since the run began", "start a new run with --fresh")  # fmt: skip
+            raise ConfigError("the data or the language model has changed since the run began", "start anew: --fresh")
     else:
         folder = RunFolder.create(resolved.run.out, resolved.run.name)
     lock = RunLock(folder.path)
@@ -699,12 +697,11 @@ def main(command: CommandLine) -> int:
             console.say(config_json(resolve(command.config, device.type)), always=True)
             return 0
         return start(command, console)
-    except (ConfigError, DataError, DeviceError, ModelError, RunFolderError, CheckpointError, TrainingDiverged) as error:
-        console.error(error, debug=command.debug)
-        return exit_code(error)
     except Exception as error:
-        console.error(error, "this is a bug: run again with --debug for the traceback", debug=command.debug)
-        return 1
+        known = exit_code(error)
+        hint = "" if known else "this is a bug: run again with --debug for the traceback"
+        console.error(error, hint, debug=command.debug)
+        return known or 1
     finally:
         console.close()
 
@@ -750,7 +747,7 @@ def suggest_resume(out: str, console: Console) -> None:
     except CheckpointError:
         return
     if choice is not None and choice.status != "finished":
-        console.note(f"{choice.path} is unfinished; --resume continues it (this starts a new run; --fresh says so silently)")
+        console.note(f"{choice.path} is unfinished; --resume continues it. This starts a new run.")
 
 
 def resume_from_checkpoint(run: Run, chosen: Any) -> str:
@@ -778,17 +775,17 @@ def dry_run(run: Run) -> int:
     update = apply_gradients(result, run.system, run.optimizers, run.runtime, watch_qwen=True)
     path = save(run)
     run.folder.set_status("finished")
-    run.console.say(f"dry run: one batch (loss {float(result.total):.3f}, step {'taken' if update.taken else 'skipped'}) "
-                    f"and one save ({path}) work")  # fmt: skip
+    step = "taken" if update.taken else "skipped"
+    run.console.say(f"dry run: one batch (loss {float(result.total):.3f}, step {step}) and one save ({path}) work")
     return 0 if update.taken and path is not None else 1
 
 
 def exit_code(error: Exception) -> int:
-    """Return the documented exit code of an error."""
+    """Return the documented exit code of an error that we raise, 0 for one that only a bug raises."""
     if isinstance(error, CheckpointError):
         return error.exit_code
-    codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4}
-    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+    codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4, TrainingDiverged: 1}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 0)
 
 
 if __name__ == "__main__":

@@ -282,3 +282,12 @@ def test_trivial_potential_is_the_better_trivial_answer_and_skill_is_measured_fr
 def test_dense_reward_is_the_clipped_weighted_fall_of_cross_entropy():
     got = rs.dense_reward(torch.tensor([1.0, 5.0, 0.2]), torch.tensor([0.6, 0.0, 9.0]), CONFIG)
     assert torch.allclose(got, torch.tensor([0.2, 0.5, -0.5]))
+
+
+def test_reward_is_positive_for_a_repair_and_negative_for_damage():
+    input_, target = framed(9, 1)
+    predictions = adversaries(target, input_, np.random.default_rng(3))
+    wrong, right = (score([predictions[name]], [target], [input_]) for name in ("one", "exact"))
+    repair = rs.shaping_reward(wrong, right)
+    assert torch.equal(repair, 1 - wrong.total) and repair > 0
+    assert torch.equal(rs.shaping_reward(right, wrong), -repair)
