@@ -643,11 +643,6 @@ class RunChoice:
     explicit: bool = False
 
 
-def is_resume_on(value: str | bool | None) -> bool:
-    """Return whether a value given to --resume asks for a resume at all ("false", "0", "no" do not)."""
-    return value is not None and str(value).strip().lower() not in OFF_WORDS
-
-
 def find_run(out_dir: Path | str, resume: str | bool = "latest") -> RunChoice | None:
     """Return the run that `resume` means: true, latest...: newest loadable, unfinished first; else a path or name.
 
@@ -751,72 +746,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-
-
-# 9. Settings of a resumed run --------------------------------------------------------------------------------------
-
-CHANGEABLE = frozenset({
-    ("run", "epochs"), ("run", "max_hours"), ("run", "max_batches"), ("run", "device"), ("run", "precision"),
-    ("run", "out"), ("run", "name"), ("run", "save_every"), ("run", "keep"), ("run", "log_every"),
-    ("run", "eval_every"), ("run", "eval_tasks"), ("prompt", "offline"), ("prompt", "gradient_checkpointing"),
-})
-WARN = {("run", "precision"): "results are not bit-equal to the run's earlier part"}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One setting that the command line gives otherwise than the run has it."""
-
-    section: str
-    field: str
-    saved: Any
-    now: Any
-    warning: str = ""
-
-    def __str__(self) -> str:
-        return f"--{self.field.replace('_', '-')} (run: {self.saved}, now: {self.now})"
-
-
-class ConfigComparison(NamedTuple):
-    """What may not change, what changes, and the nested settings to go on with."""
-
-    refused: list[Difference]
-    changed: list[Difference]
-    merged: dict[str, Any]
-
-
-def compare_configs(saved: Mapping[str, Any], now: Mapping[str, Any], explicit: set[str]) -> ConfigComparison:
-    """Return how `now` differs from the run's settings in fields that the user gave explicitly.
-
-    `explicit` holds names like "epochs" or "run.epochs". Other fields keep the run's value; a field that the run does
-    not know (an older program) takes the present one. An explicit "auto" agrees with whatever it once became.
-    """
-    refused: list[Difference] = []
-    changed: list[Difference] = []
-    merged: dict[str, Any] = {}
-    for section, fields in now.items():
-        merged[section] = dict(fields)
-        for field, value in fields.items():
-            if field not in saved.get(section, {}):
-                continue
-            stored = saved[section][field]
-            given = field in explicit or f"{section}.{field}" in explicit
-            may_change = (section, field) in CHANGEABLE
-            if not given or value == stored or (value == "auto" and not may_change):
-                merged[section][field] = stored
-                continue
-            difference = Difference(section, field, stored, value, WARN.get((section, field), ""))
-            (changed if may_change else refused).append(difference)
-    return ConfigComparison(refused, changed, merged)
-
-
-def config_error(run_name: str, refused: list[Difference]) -> CheckpointError:
-    """Return the error that lists every refused setting; exit code 2."""
-    flags = ", ".join(f"--{difference.field.replace('_', '-')}" for difference in refused)
-    if len(refused) == 1:
-        only = refused[0]
-        what = f"a different {only.field.replace('_', ' ')} (run: {only.saved}, now: {only.now})"
-    else:
-        what = "different settings: " + ", ".join(map(str, refused))
-    return CheckpointError(f"cannot resume {run_name} with {what}",
-                           f"drop {flags} to continue, or start fresh with --fresh", exit_code=2)

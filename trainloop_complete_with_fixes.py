@@ -159,7 +159,7 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
         preference=preference,
         desirability=system.z_table.lookup(query.task_slot, on_canvas(query.input, side), query.color_permutation),
         prompt=scene.prompt.embedding,
-        reward=torch.zeros_like(scene.features[:, 0]) if reward is None else reward,
+        reward=reward,
         progress=moment.progress,
     )
     return StepResult(terms.total, terms, policy, reward, gain, scene, refined, trajectory)
@@ -395,6 +395,8 @@ def train(run: Run) -> int:
             scores = run_validation(run) if due(epoch + 1, config.run.eval_every, last) else None
             finish_epoch(run, scores)
     run.folder.set_status("finished", epoch=state.epoch, batch=0, step=state.step, best=state.best)
+    if run.store.failed_saves:
+        raise CheckpointError("the last checkpoint could not be written", "free disk space, then --resume", exit_code=4)
     return 0
 
 

