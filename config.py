@@ -241,7 +241,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "agent.read_heads": 4,
         "agent.num_steps": 6,
         "agent.read_cells": 4096,
-        "data.batch_cells": 65536,
+        "data.batch_cells": 32768,
     },
     "base": {
         "agent.width": 512,
@@ -251,7 +251,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "agent.read_heads": 8,
         "agent.num_steps": 6,
         "agent.read_cells": 8192,
-        "data.batch_cells": 65536,
+        "data.batch_cells": 32768,
     },
 }
 

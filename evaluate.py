@@ -160,8 +160,11 @@ def cell_nats(logits: Tensor, answer: Answer) -> Tensor:
 
 
 def baselines(items: Iterable[Item], prior: PriorCache) -> dict[str, float]:
-    """Return cells (true size) and exact counts of copying the input, painting its most common colour, and the
-    demonstrations' prior; and the share of sizes that the size rule gets right."""
+    """Return cells (true size) and exact counts of three trivial answers, and the share of sizes the rule gets right.
+
+    copy: the input; color: the answer's own most common colour, an upper bound for every one-colour answer; prior: the
+    demonstrations' prior (its exact matches at its own predicted size).
+    """
     tally = Tally()
     for context, answer in items:
         _, grid = context.seen()
@@ -169,7 +172,7 @@ def baselines(items: Iterable[Item], prior: PriorCache) -> dict[str, float]:
         copied = grid.shape == shape
         tally.add("copy_cells", [float((grid == answer).mean()) if copied else 0.0])
         tally.add("copy_exact", [copied and bool((grid == answer).all())])
-        color = np.bincount(grid.ravel(), minlength=10).argmax()
+        color = np.bincount(answer.ravel(), minlength=10).argmax()
         tally.add("color_cells", [float((answer == color).mean())])
         tally.add("color_exact", [bool((answer == color).all())])
         guess = prior.preference(context, shape).log_prob.argmax(-1)

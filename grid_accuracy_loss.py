@@ -360,13 +360,14 @@ class DemonstrationRead(nn.Module):
     def attend(self, q: Tensor, k: Tensor, values: Tensor, valid: Tensor) -> Tensor:
         """Return evidence [B, R, n, E] that q [B, n, D] read from k [B, K, D] with values [B, K, E], valid [B, K]."""
         batch = q.shape[0]
-        q = F.normalize(self.query(q).view(batch, -1, self.heads, self.head_dim).float(), dim=-1).transpose(1, 2)
-        k = F.normalize(self.key(k).view(batch, -1, self.heads, self.head_dim).float(), dim=-1).transpose(1, 2)
+        q = F.normalize(self.query(q).view(batch, -1, self.heads, self.head_dim), dim=-1).transpose(1, 2)
+        k = F.normalize(self.key(k).view(batch, -1, self.heads, self.head_dim), dim=-1).transpose(1, 2)
+        q = q * self.log_sharpness.exp().view(1, -1, 1, 1)
         null = F.normalize(self.null_key, dim=-1).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
-        scores = (q * self.log_sharpness.exp().view(1, -1, 1, 1)) @ torch.cat((k, null), 2).transpose(2, 3)
+        k = torch.cat((k, null), 2)
+        v = F.pad(values, (0, 0, 0, 1))[:, None].expand(-1, self.heads, -1, -1)
         allowed = F.pad(valid, (0, 1), value=True)[:, None, None]
-        weights = torch.where(allowed, scores, float("-inf")).softmax(-1)
-        return weights[..., :-1] @ values[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=1.0)
 
     def forward(
         self, q: Tensor, k: Tensor, values: Tensor, valid: Tensor, views: Tensor, match: Tensor
@@ -375,6 +376,12 @@ class DemonstrationRead(nn.Module):
 
         views [B, n, V] codes at the query cells; match [B, V, 2] mean and least share of right cells per view.
         """
+        with torch.autocast(q.device.type, enabled=False):
+            return self._read(q.float(), k.float(), values.float(), valid, views, match.float())
+
+    def _read(
+        self, q: Tensor, k: Tensor, values: Tensor, valid: Tensor, views: Tensor, match: Tensor
+    ) -> tuple[Tensor, Tensor]:
         evidence = self.attend(q, k, values, valid)
         votes, hits = evidence.split((NUM_COLORS, NUM_VIEWS), -1)
         votes = votes + (1 - votes.sum(-1, keepdim=True)).clamp(min=0) / NUM_COLORS  # the null key votes for nothing
@@ -388,7 +395,7 @@ class DemonstrationRead(nn.Module):
         copies = copies + (1 - copies.sum(-1, keepdim=True)).clamp(min=0) / NUM_COLORS
         best = torch.stack((votes.amax(-1).mean(1), copies.amax(-1).mean(1), hits.amax(-1).mean(1),
                             match[:, :, 1].amax(1)[:, None].expand(-1, views.shape[1])), -1)  # fmt: skip
-        gates = self.gate(torch.cat((q.float(), best), -1)).unflatten(-1, (2, self.heads))
+        gates = self.gate(torch.cat((q, best), -1)).unflatten(-1, (2, self.heads))
         mix = gates[..., 0, :].sigmoid().transpose(1, 2)[..., None]
         share = gates[..., 1, :].softmax(-1).transpose(1, 2)[..., None]
         mixture = (share * (mix * copies + (1 - mix) * votes)).sum(1)
@@ -481,7 +488,7 @@ class ARCPromptGuidedAgent(nn.Module):
         truth = torch.where(mask, query.demo_output, 0)
         hits = (views == truth[:, None]) & mask[:, None]
         match = hits.sum((2, 3)) / mask.sum((1, 2)).clamp(min=1)[:, None]
-        values = torch.cat((F.one_hot(truth, NUM_COLORS), hits.movedim(1, -1)), -1).to(x.dtype)
+        values = torch.cat((F.one_hot(truth, NUM_COLORS), hits.movedim(1, -1)), -1).float()
         keys, values, valid = x.flatten(1, 2), values.flatten(1, 2), mask.flatten(1)
         limit = max(self.config.read_cells // query.demo_index.shape[1], 1)
         if limit < keys.shape[1]:

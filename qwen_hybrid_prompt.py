@@ -43,7 +43,6 @@ END_OF_TEXT = "<|endoftext|>"
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-FULL_TRAINING_BYTES = 24_000_000_000
 LORA_RANK = 16
 HUB_SECONDS = 5.0
 TOKEN_CACHE_SIZE = 16384
@@ -288,26 +287,6 @@ class LanguageModel(NamedTuple):
     revision: str
 
 
-def resolve_model(name: str, device_type: str) -> str:
-    """Return the model that `auto` stands for: tiny on a CPU, Qwen elsewhere; any other name as it is."""
-    if name != "auto":
-        return name
-    return DEFAULT_QWEN if device_type == "cuda" else "tiny"
-
-
-def resolve_train_llm(value: str, is_tiny: bool, device_type: str, gpu_memory_bytes: int | None = None) -> str:
-    """Return the training mode that `auto` stands for; any other value after checking its spelling.
-
-    tiny -> full; a GPU that holds fp32 weights, gradients and AdamW (24 GB and more) -> full; otherwise lora.
-    Raises: ConfigError for anything but auto, full, lora, last:N, none.
-    """
-    if value != "auto":
-        parse_train_llm(value)
-        return value
-    fits = device_type == "cuda" and gpu_memory_bytes is not None and gpu_memory_bytes >= FULL_TRAINING_BYTES
-    return "full" if is_tiny or fits else "lora"
-
-
 def parse_train_llm(value: str) -> tuple[str, int]:
     """Return (mode, number of layers): `last:2` -> ("last", 2), the other modes with 0. Raises: ConfigError."""
     if value in ("full", "lora", "none"):
@@ -465,7 +444,7 @@ def _load_hub(config: PromptConfig) -> LanguageModel:
             return LanguageModel(*_from_folder(snapshot, name), snapshot.name)
         except ModelError as error:  # an interrupted download leaves config.json without weights: the hub mends that
             problem = error
-    if config.offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         switch = "--offline" if config.offline else "HF_HUB_OFFLINE"
         raise ModelError(f"{name} is not in the local cache and {switch} is set", _cache_hint(name)) from problem
     snapshot = _download(name, *_ask_hub(name, revision))
@@ -485,7 +464,7 @@ def _from_folder(folder: Path, name: str) -> tuple[nn.Module, Any]:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"cannot load the language model {name}: {reason}", _cache_hint(name)) from error
-    return model.float(), tokenizer
+    return model, tokenizer
 
 
 def _ask_hub(name: str, revision: str | None) -> tuple[str, bool]:
@@ -669,7 +648,7 @@ class QwenHybridPrompt(nn.Module):
         if not (config.use_text or config.use_control or config.use_task_slot):
             raise ConfigError("the prompt has no part left: --use-text, --use-control and --use-task-slot are all off",
                               "leave at least one of them on")  # fmt: skip
-        assert "auto" not in (config.model, config.train_llm), "resolve_model and resolve_train_llm come first"
+        assert "auto" not in (config.model, config.train_llm), "config.resolve comes first"
         self.config = config
         self.control_dim = control_dim
         self.is_tiny = config.model == "tiny"

@@ -23,6 +23,7 @@ import torch
 import trainloop_complete_with_fixes as driver
 from arc_data import ArcTask, TaskSampler, load_tasks, select_tasks
 from config import TrainConfig, parse_command_line, resolve
+from model_persistence import snapshot
 from report import Console
 
 ROOT = Path(driver.__file__).resolve().parent
@@ -103,7 +104,7 @@ class Lab:
         return result
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_lab(tasks: list[ArcTask]) -> Callable[..., Lab]:
     """Return a function that makes a Lab from flags; equal flags give bit-equal systems."""
 
@@ -117,6 +118,18 @@ def make_lab(tasks: list[ArcTask]) -> Callable[..., Lab]:
         return Lab(config, system, driver.build_optimizers(system), runtime, sampler)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained_state(make_lab: Callable[..., Lab]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return what 40 steps without any policy update made of the system; load it with `load_checkpoint_state`.
+
+    The planner's heads start at zero, so an untrained one does not listen to its prompt.
+    """
+    lab = make_lab("--batch-size", "8", "--augment", "none", "--lr", "1e-2")
+    for k in range(40):
+        lab.step(k, progress=4.0, rewarded=False)
+    return snapshot(lab.system.checkpoint_state())
 
 
 # The driver ----------------------------------------------------------------------------------------------------------
@@ -148,7 +161,7 @@ def own_process() -> Iterator[None]:
 
 
 def run_main(*argv: str) -> int:
-    """Return the exit code of the driver's `main` for a command line; everything goes to runs/ in the current folder."""
+    """Return the exit code of the driver's `main` for a command line; runs/ lies in the current folder."""
     with own_process():
         return driver.main(parse_command_line([str(word) for word in argv]))
 
@@ -180,7 +193,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_flags) -> Iterato
 
 @dataclass
 class Reference:
-    """A finished run of two epochs: its folder, command line, what it printed, and the scores its memory was offered."""
+    """A finished run of two epochs: folder, command line, what it printed, and the scores its memory was offered."""
 
     path: Path
     argv: list[str]
@@ -203,8 +216,8 @@ def _score(result: driver.StepResult, answer: Any) -> list[float]:
 @pytest.fixture(scope="session")
 def reference(task_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """Return an uninterrupted run: seven batches per epoch, a checkpoint after each third one, all of them kept."""
-    argv = [*SMALL, "--device", "cpu", "--data", str(task_folder), "--name", "demo", "--epochs", "2", "--save-every", "3",
-            "--keep", "50", "--log-every", "2", "--rl-every", "2"]  # fmt: skip
+    argv = [*SMALL, "--device", "cpu", "--data", str(task_folder), "--name", "demo", "--epochs", "2",
+            "--save-every", "3", "--keep", "50", "--log-every", "2", "--rl-every", "2"]  # fmt: skip
     scores: list[list[float]] = []
     learn = driver.learn_from
 
@@ -218,3 +231,4 @@ def reference(task_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Re
         patch.setattr(driver, "learn_from", learn_and_record)
         code = run_main(*argv)
     return Reference(folder / "runs" / "demo", argv, code, printed.getvalue(), scores)
+

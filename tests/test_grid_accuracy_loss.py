@@ -532,7 +532,9 @@ def test_without_demonstrations_everything_is_finite(attention):
 
 
 @pytest.mark.parametrize("attention", ["off", "on"])
-@pytest.mark.parametrize("inside, out", [((1, 1), (1, 1)), ((30, 30), (30, 30)), ((1, 1), (30, 30)), ((30, 1), (1, 30))])
+@pytest.mark.parametrize(
+    "inside, out", [((1, 1), (1, 1)), ((30, 30), (30, 30)), ((1, 1), (30, 30)), ((30, 1), (1, 30))]
+)
 def test_extreme_sizes_are_finite(inside, out, attention):
     agent = make_agent(attention=attention, read_blocks=1, num_steps=2, read_cells=512)
     contexts, answers = make_contexts([(inside, out)], colors=10)

@@ -23,8 +23,6 @@ from qwen_hybrid_prompt import (
     build_tiny_qwen,
     load_language_model,
     parse_train_llm,
-    resolve_model,
-    resolve_train_llm,
     rule_text,
 )
 
@@ -371,17 +369,10 @@ def test_old_or_absent_packages_are_model_errors(monkeypatch):
 # Training modes
 
 
-def test_auto_model_and_training_mode_follow_the_device():
-    assert resolve_model("auto", "cpu") == "tiny" and resolve_model("auto", "cuda") == "Qwen/Qwen2.5-0.5B"
-    assert resolve_model("my/model", "cpu") == "my/model"
-    assert resolve_train_llm("auto", True, "cpu") == "full"
-    assert resolve_train_llm("auto", False, "cpu") == "lora"
-    assert resolve_train_llm("auto", False, "cuda", 16_000_000_000) == "lora"
-    assert resolve_train_llm("auto", False, "cuda", 24_000_000_000) == "full"
-    assert resolve_train_llm("last:3", False, "cuda", 80_000_000_000) == "last:3"
+def test_training_mode_is_spelled_out_or_refused():
     for bad in ("some", "last:0", "last:", "last:x", "last:-1", ""):
         with pytest.raises(ConfigError):
-            resolve_train_llm(bad, True, "cpu")
+            parse_train_llm(bad)
     assert parse_train_llm("last:12") == ("last", 12) and parse_train_llm("none") == ("none", 0)
 
 

