@@ -6,7 +6,8 @@ May import arc_system and everything below. Used by the driver. `predict` takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -91,17 +92,15 @@ def validate(
     Keys: outputs, exact (count at the predicted size), accuracy, cells_true, cells_predicted, cells_unrefined,
     accuracy_delta, size_accuracy, nats_gained, prompt_gap, steps.
     """
-    was_training = system.training
-    system.eval()
     tally = Tally()
-    for batch in evaluation_batches(items, batch_cells):
-        contexts = [items[i][0] for i in batch]
-        query, answer = collate(contexts, [items[i][1] for i in batch])
-        query, answer = query.to(runtime.device), answer.to(runtime.device)
-        judge(tally, predict(system, query, runtime), answer)
-        look_at_true_size(tally, system, runtime, query, answer)
-        tick(len(batch))
-    system.train(was_training)
+    with evaluation_mode(system):
+        for batch in evaluation_batches(items, batch_cells):
+            contexts = [items[i][0] for i in batch]
+            query, answer = collate(contexts, [items[i][1] for i in batch])
+            query, answer = query.to(runtime.device), answer.to(runtime.device)
+            judge(tally, predict(system, query, runtime), answer)
+            look_at_true_size(tally, system, runtime, query, answer)
+            tick(len(batch))
     return {
         "outputs": int(tally.counts["exact"]),
         "exact": int(tally.sums["exact"]),
@@ -115,6 +114,17 @@ def validate(
         "prompt_gap": tally.mean("shuffled_nats") - tally.mean("paired_nats"),
         "steps": tally.mean("steps"),
     }
+
+
+@contextlib.contextmanager
+def evaluation_mode(system: ARCSystem) -> Iterator[None]:
+    """Switch the system to evaluation mode inside, and back afterwards."""
+    was_training = system.training
+    system.eval()
+    try:
+        yield
+    finally:
+        system.train(was_training)
 
 
 def judge(tally: Tally, prediction: Prediction, answer: Answer) -> None:
@@ -137,7 +147,7 @@ def look_at_true_size(tally: Tally, system: ARCSystem, runtime: Runtime, query: 
         side = answer.target.shape[-1]
         reading, preference = system.read(query, scene, answer.target_size, side, answer.shapes)
         own = system.plan(scene, reading, refined)
-        shuffled = system.plan(scene, reading, refined.roll(1, 0)) if len(query) > 1 else None
+        shuffled = system.plan(scene, reading, refined.roll(len(query) // 2, 0)) if len(query) > 1 else None
     right, cells = cell_accuracy(decode(own), answer.target)
     tally.add("cells_true", right / cells)
     nats = cell_nats(own.final(), answer)

@@ -109,10 +109,10 @@ def grid_colors(grid: Tensor) -> Tensor:
 def query_from_grids(grid: Tensor) -> Query:
     """Return a Query without demonstrations for grids in any form that `grid_colors` accepts."""
     colors = grid_colors(grid)
-    batch, height, width = colors.shape
+    batch = colors.shape[0]
     inside = colors != PAD
     size = torch.stack((inside.any(2).sum(1), inside.any(1).sum(1)), 1)
-    empty = colors.new_full((1, height, width), PAD)
+    empty = colors.new_full((1, 3, 3), PAD)
     none = colors.new_zeros((1, 2))
     zero = colors.new_zeros(batch)
     return Query(
@@ -140,7 +140,7 @@ def size_mask(size: Tensor, side: int) -> Tensor:
 
 
 def _color_statistics(grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the most common, second most common and rarest present colour, each [B]; ties go to the lower colour."""
+    """Return the most, second most and least common colour present, each [B]; of equals the lower counts as more."""
     counts = F.one_hot(torch.where(grid == PAD, OUTSIDE, grid), NUM_CODES).sum((1, 2))[:, :NUM_COLORS]
     order = counts.sort(dim=1, descending=True, stable=True).indices
     present = (counts > 0).sum(1, keepdim=True)
@@ -169,7 +169,8 @@ def _rays(grid: Tensor, background: Tensor) -> Tensor:
     left, right = look_left(grid), look_left(grid.flip(2)).flip(2)
     turned = grid.transpose(1, 2)
     above, below = look_left(turned).transpose(1, 2), look_left(turned.flip(2)).flip(2).transpose(1, 2)
-    return torch.stack((left, right, above, below), 1)
+    rays = torch.stack((left, right, above, below), 1)
+    return torch.where((grid == PAD)[:, None], OUTSIDE, rays)
 
 
 def _sources(size: Tensor, out_size: Tensor, corners: Tensor, side: int) -> tuple[Tensor, Tensor]:
@@ -220,7 +221,7 @@ def cell_geometry(views: Tensor, background: Tensor, size: Tensor, out_size: Ten
     """Return per-cell invariants [B, H, W, G]: equalities between views, neighbours, borders, parity, sizes."""
     side = views.shape[-1]
     copy = views[:, 0]
-    neighbours = F.pad(copy, (1, 1, 1, 1), value=-1)
+    neighbours = F.pad(torch.where(size_mask(out_size, side), copy, -1), (1, 1, 1, 1), value=-1)
     shifts = [(0, 1), (2, 1), (1, 0), (1, 2), (0, 0), (0, 2), (2, 0), (2, 2)]
     same = [neighbours[:, dr : dr + side, dc : dc + side] == copy for dr, dc in shifts]
     steps = torch.arange(side, device=views.device)
@@ -243,11 +244,11 @@ NUM_GEOMETRY = NUM_VIEWS + (NUM_VIEWS - 1) + 8 + 4 + 2 + 4 + 6
 # Layers --------------------------------------------------------------------------------------------------------------
 
 
-class Norm(nn.RMSNorm):
-    """RMS normalisation over the last axis in fp32."""
+class Norm(nn.LayerNorm):
+    """Layer normalisation over the last axis in fp32, without a bias (fused on CPUs, where RMSNorm is not)."""
 
     def __init__(self, width: int):
-        super().__init__(width, eps=1e-5)
+        super().__init__(width, eps=1e-5, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).to(x.dtype)
@@ -307,7 +308,7 @@ class Block(nn.Module):
         self.mix = nn.Linear(width, width, bias=False)
         self.attention = CellAttention(width) if attention else None
         self.attention_norm = Norm(width) if attention else None
-        hidden = 2 * width
+        hidden = 2 * width if attention else width
         self.mlp_norm = Norm(width)
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
@@ -490,10 +491,20 @@ class ARCPromptGuidedAgent(nn.Module):
         match = hits.sum((2, 3)) / mask.sum((1, 2)).clamp(min=1)[:, None]
         values = torch.cat((F.one_hot(truth, NUM_COLORS), hits.movedim(1, -1)), -1).float()
         keys, values, valid = x.flatten(1, 2), values.flatten(1, 2), mask.flatten(1)
-        limit = max(self.config.read_cells // query.demo_index.shape[1], 1)
-        if limit < keys.shape[1]:
-            keys, values, valid = _thin(keys, values, valid, limit)
+        counts = [len(context.demonstrations) for context in query.contexts] or [1]  # known on the host
+        if max(self.config.read_cells // max(counts), 1) < keys.shape[1]:
+            most = min(max(self.config.read_cells // min(counts), 1), keys.shape[1])
+            keys, values, valid = _thin(keys, values, valid, self.cell_limit(query), most)
         return keys, values, valid, match
+
+    def cell_limit(self, query: Query) -> Tensor:
+        """Return [N, 1]: how many cells of each demonstration are read, read_cells shared among those of its task."""
+        rows = query.demo_input.shape[0]
+        known = query.demo_index >= 0
+        share = (self.config.read_cells // known.sum(1).clamp(min=1)).clamp(min=1)[:, None].expand_as(known)
+        limit = torch.full((rows + 1,), MAX_SIDE**2, device=known.device)
+        slots = torch.where(known, query.demo_index, rows)
+        return limit.scatter_reduce(0, slots.flatten(), share.flatten(), "amin")[:-1, None]
 
     def read(
         self, query: Query, size: Tensor, side: int, *, preference: Tensor | None = None, direction: int = FORWARD
@@ -588,18 +599,20 @@ class ARCPromptGuidedAgent(nn.Module):
         return self.plan(reading, prompt, **kwargs)
 
 
-def _thin(keys: Tensor, values: Tensor, valid: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return at most `limit` valid cells of each demonstration, evenly spaced; [N, limit, ...]."""
+def _thin(
+    keys: Tensor, values: Tensor, valid: Tensor, limit: Tensor, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [N, most, ...]: at most `limit` [N, 1] valid cells of each demonstration, evenly spaced."""
     order = (~valid).int().sort(dim=1, stable=True).indices
     count = valid.sum(1, keepdim=True)
-    steps = torch.arange(limit, device=keys.device)
+    steps = torch.arange(most, device=keys.device)
     pick = torch.where(count > limit, steps * count // limit, steps)
     index = order.gather(1, pick.clamp(max=keys.shape[1] - 1))
 
     def take(x: Tensor) -> Tensor:
         return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
-    return take(keys), take(values), valid.gather(1, index)
+    return take(keys), take(values), valid.gather(1, index) & (steps < limit)
 
 
 def initial_likelihood(num_codes: int) -> Tensor:

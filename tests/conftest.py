@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import trainloop_complete_with_fixes as driver
 from arc_data import ArcTask, TaskSampler, load_tasks, select_tasks
 from config import TrainConfig, parse_command_line, resolve
-from model_persistence import snapshot
+from model_persistence import list_checkpoints, read_checkpoint, snapshot
 from report import Console
 
 ROOT = Path(driver.__file__).resolve().parent
@@ -121,7 +122,7 @@ def make_lab(tasks: list[ArcTask]) -> Callable[..., Lab]:
 
 
 @pytest.fixture(scope="session")
-def trained_state(make_lab: Callable[..., Lab]) -> dict[str, dict[str, torch.Tensor]]:
+def trained_state(make_lab: Callable[..., Lab]) -> dict[str, dict[str, Tensor]]:
     """Return what 40 steps without any policy update made of the system; load it with `load_checkpoint_state`.
 
     The planner's heads start at zero, so an untrained one does not listen to its prompt.
@@ -232,3 +233,30 @@ def reference(task_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Re
         code = run_main(*argv)
     return Reference(folder / "runs" / "demo", argv, code, printed.getvalue(), scores)
 
+
+# Comparing ------------------------------------------------------------------------------------------------------------
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """Return where two nested values of plain data and tensors differ, in kind, shape, or a single bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return [f"{place}: keys {sorted(map(str, a.keys() ^ b.keys()))}"]
+        return [found for key in a for found in differences(a[key], b[key], f"{place}/{key}")]
+    if isinstance(a, (list, tuple)) and type(a) is type(b) and len(a) == len(b):
+        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{place}/{i}")]
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+        return [] if same else [place]
+    return [] if type(a) is type(b) and a == b else [f"{place}: {a!r} and {b!r}"]
+
+
+def comparable(path: Path) -> tuple[dict, list[dict], bytes]:
+    """Return all that has to agree in two runs: the last checkpoint, the metrics, the best weights; without times."""
+    checkpoint = read_checkpoint(list_checkpoints(path)[0])
+    payload = {**checkpoint.payload, "step": checkpoint.step}
+    payload["loop"] = {name: value for name, value in payload["loop"].items() if name != "epoch_seconds"}
+    del payload["metrics_offset"]  # the digits of times decide it
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    records = [{k: v for k, v in record.items() if k not in ("t", "val_seconds")} for record in records]
+    return payload, records, (path / "best" / "model.safetensors").read_bytes()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Lab, Reference, run_main
+from conftest import ROOT, Lab, Reference, comparable, differences, run_main
 from torch import Tensor
 
 import evaluate
@@ -33,20 +33,6 @@ from model_persistence import list_checkpoints, read_checkpoint, snapshot
 def copies(parameters: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return copies of named parameters."""
     return {name: p.detach().clone() for name, p in parameters}
-
-
-def differences(a: Any, b: Any, place: str = "") -> list[str]:
-    """Return where two nested values of plain data and tensors differ, in kind, shape, or a single bit."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        if a.keys() != b.keys():
-            return [f"{place}: keys {sorted(map(str, a.keys() ^ b.keys()))}"]
-        return [found for key in a for found in differences(a[key], b[key], f"{place}/{key}")]
-    if isinstance(a, (list, tuple)) and type(a) is type(b) and len(a) == len(b):
-        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{place}/{i}")]
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-        return [] if same else [place]
-    return [] if type(a) is type(b) and a == b else [f"{place}: {a!r} and {b!r}"]
 
 
 # 1. The seven fixes --------------------------------------------------------------------------------------------------
@@ -130,7 +116,7 @@ def test_fix2_higher_reward_prompt_becomes_more_likely(make_lab, trained_state):
 
 
 def cell_gradients(lab: Lab, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the norm of the gradient at each cell's last belief [B, H, W], and masks of the wrong and the right cells."""
+    """Return the gradient's norm at each cell's last belief [B, H, W], and masks of wrong and of right cells."""
     query, answer = lab.batch(k)
     result = driver.train_step(lab.system, query, answer, driver.Moment(0, 4.0, False))
     result.trajectory.forward.retain_grad()
@@ -267,7 +253,7 @@ def one_batch(run: driver.Run) -> None:
 
 
 def test_fix7_nonfinite_step_is_skipped_and_parameters_stay_finite(build, drive, new_flags, monkeypatch, capsys):
-    run = build("--rl-every", "1")
+    run = build("--rl-every", "1", "--batch-size", "3")
     for _ in range(2):
         one_batch(run)
     step_cost = loss_function.step_cost
@@ -452,17 +438,6 @@ def train_step(system, query, answer, moment):
 driver.train_step = train_step
 driver.main(parse_command_line(sys.argv[3:]))
 """
-
-
-def comparable(path: Path) -> tuple[dict, list[dict], bytes]:
-    """Return all that has to agree in two runs: the last checkpoint, the metrics, the best weights; without times."""
-    checkpoint = read_checkpoint(list_checkpoints(path)[0])
-    payload = {**checkpoint.payload, "step": checkpoint.step}
-    payload["loop"] = {name: value for name, value in payload["loop"].items() if name != "epoch_seconds"}
-    del payload["metrics_offset"]  # the digits of times decide it
-    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    records = [{k: v for k, v in record.items() if k not in ("t", "val_seconds")} for record in records]
-    return payload, records, (path / "best" / "model.safetensors").read_bytes()
 
 
 def test_resumed_run_equals_uninterrupted_run(reference: Reference, tmp_path, monkeypatch):

