@@ -53,12 +53,9 @@ class Trajectory:
     mask: Tensor
 
     def final(self) -> Tensor:
-        """Return the belief [B, H, W, C] of the step at which the halting head stops, else of the last."""
-        steps = self.halt_logits.shape[1]
-        stops = self.halt_logits > 0
-        first = torch.where(stops.any(1), stops.int().argmax(1), steps - 1)
-        index = first.view(-1, 1, 1, 1, 1).expand(-1, 1, *self.forward.shape[2:])
-        return self.forward.gather(1, index).squeeze(1)
+        """Return the belief [B, H, W, C] of the last step. The halting head says how many were needed, it stops none:
+        answers taken where it fires had wrong cells that later steps mend (docs/LAB_NOTEBOOK.md)."""
+        return self.forward[:, -1]
 
 
 @dataclass
@@ -464,6 +461,7 @@ class ARCPromptGuidedAgent(nn.Module):
         for layer in (self.trust, self.state_head, self.preference_head, self.halt_head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.trust.weight, std=0.01)  # the prompt matters, and learns, from the first step
         nn.init.constant_(self.halt_head.bias, -5.0)  # plan all steps until a right answer is recognised
         for table in (self.step_embed, self.direction_embed):
             nn.init.normal_(table.weight, std=0.1)

@@ -67,6 +67,7 @@ from config import (
     resolve,
     resume_config,
     to_dict,
+    with_values,
 )
 from evaluate import baselines, decode, validate
 from grid_accuracy_loss import Trajectory, exact_match, parameter_count
@@ -74,6 +75,7 @@ from loss_function import EFETerms
 from model_persistence import (
     CheckpointError,
     CheckpointStore,
+    RunChoice,
     RunLock,
     find_run,
     read_checkpoint,
@@ -335,8 +337,12 @@ class StopFlag:
     def __init__(self, console: Console):
         self.signal: int | None = None
         self.console = console
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._catch)
+        self.before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def release(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _catch(self, number: int, frame: Any) -> None:
         if self.signal is not None:
@@ -372,6 +378,12 @@ class Run:
         count, limit = self.sampler.num_batches(epoch), self.config.run.max_batches
         return min(count, limit) if limit else count
 
+    def close(self) -> None:
+        """Free the run folder and the signals."""
+        self.log.close()
+        self.lock.release()
+        self.stop.release()
+
     def out_of_time(self) -> bool:
         """Return True when --max-hours is over."""
         hours = self.config.run.max_hours
@@ -386,7 +398,7 @@ def due(count: int, every: int, last: bool) -> bool:
 def train(run: Run) -> int:
     """Train until the last epoch, a signal, or the end of the time; return the exit code."""
     state, config = run.state, run.config
-    for epoch in range(state.epoch, config.run.epochs):
+    for epoch in range(state.epoch + state.validated, config.run.epochs):
         code = train_epoch(run, epoch)
         if code is not None:
             return code
@@ -492,12 +504,12 @@ def log_batch(run: Run, update: Update) -> None:
     run.console.say(batch_line(state.batch, values.get("loss", float("nan")), reward or 0.0, values.get("qwen_grad"),
                                values.get("mask")))  # fmt: skip
     ratio = None if update.qwen_ratio is None else float(update.qwen_ratio)
-    record = {"event": "batch", "epoch": state.epoch, "batch": state.batch, "step": state.step}
+    record = {name.replace("term/", "efe_"): v for name, v in values.items() if name.startswith("term/")}
+    record |= {"event": "batch", "epoch": state.epoch, "batch": state.batch, "step": state.step}
     record |= {"efe_loss": values.get("loss"), "reward": reward, "qwen_grad": values.get("qwen_grad"),
                "qwen_upd": ratio, "mask": values.get("mask"), "grad_norm": values.get("norm"),
                "skipped": values.get("skipped", 0.0), "memory": memory["size"], "threshold": memory["theta"],
                "lr": run.optimizers.main["adamw"].param_groups[0]["lr"]}  # fmt: skip
-    record |= {name.removeprefix("term/"): v for name, v in values.items() if name.startswith("term/")}
     if run.runtime.scaler.is_enabled():
         record["scale"] = run.runtime.scaler.get_scale()
     run.log.append(record)
@@ -559,7 +571,7 @@ def keep_best(run: Run, scores: dict[str, float]) -> bool:
         best |= {"exact": scores["exact"], "cells_predicted": scores["cells_predicted"], "epoch": run.state.epoch}
         with run.average.swapped():
             tensors, facts = run.system.export_state()
-        save_best_weights(run.folder.best, tensors, {**facts, "config": portable_config(run.config)})
+            save_best_weights(run.folder.best, tensors, {**facts, "config": portable_config(run.config)})
     improved = scores["accuracy_delta"] > best.get("accuracy_delta", float("-inf"))
     if improved:
         best |= {"accuracy_delta": scores["accuracy_delta"], "delta_epoch": run.state.epoch}
@@ -569,7 +581,7 @@ def keep_best(run: Run, scores: dict[str, float]) -> bool:
 def portable_config(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that decide what the weights mean: nothing of where, when and how long the run was."""
     settings = to_dict(config)
-    del settings["run"]
+    del settings["run"], settings["data"]
     return {**settings, "seed": config.run.seed}
 
 
@@ -637,18 +649,18 @@ def prepare_data(config: TrainConfig) -> tuple[list, str]:
     return tasks, data_hash(tasks)
 
 
-def build_run(command: CommandLine, console: Console, chosen: Any) -> Run:
-    """Return the run that the command line asks for: `chosen` is the folder to resume, None for a new one."""
+def settle(command: CommandLine, chosen: RunChoice | None, console: Console) -> tuple[TrainConfig, Runtime]:
+    """Return the complete settings and the runtime. Raises: ConfigError when a resumed run may not go on with them."""
     config = command.config
     if chosen is not None:
-        saved = RunFolder(chosen.path).read_config()
-        config = resume_config(saved["config"], command.config, command.explicit)
+        saved = read_settings(chosen.path)
+        config = resume_config(saved, config, command.explicit)
     device = choose_device(config.run.device)
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
     resolved = resolve(config, device.type, memory)
+    if chosen is not None:
+        check_resume(from_dict(TrainConfig, saved), resolved, chosen.path.name)
     runtime = choose_runtime(device, resolved.run.precision)
-    if chosen is None:
-        check_writable(resolved.run.out)
     console.say(f"ARC-EFE {VERSION} | Python {sys.version.split()[0]} | torch {torch.__version__}")
     console.say(banner_line("device", f"{device}, {runtime.precision} ({runtime.reason})"))
     for note in resolution_notes(config, resolved, device.type):
@@ -656,38 +668,50 @@ def build_run(command: CommandLine, console: Console, chosen: Any) -> Run:
     changed = changed_flags(command.config)
     if changed:
         console.say(banner_line("settings", " ".join(changed)))
-    tasks, hashed = prepare_data(resolved)
-    torch.manual_seed(resolved.run.seed)
-    sampler = TaskSampler(tasks, resolved.data, resolved.run.seed, resolved.data.batch_cells)
+    return resolved, runtime
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings stored in a run folder. Raises: CheckpointError when they are missing."""
+    saved = RunFolder(path).read_config()
+    if "config" not in saved:
+        raise CheckpointError(f"{path / 'config.json'} is missing or damaged, so the run cannot be resumed",
+                              "start a new run with --fresh")  # fmt: skip
+    return saved["config"]
+
+
+def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) -> Run:
+    """Return the run that the command line asks for: `chosen` is the run to resume, None for a new one."""
+    config, runtime = settle(command, chosen, console)
+    if chosen is None:
+        check_writable(config.run.out)
+    tasks, hashed = prepare_data(config)
+    torch.manual_seed(config.run.seed)
+    sampler = TaskSampler(tasks, config.data, config.run.seed, config.data.batch_cells)
     table = {task.id: index for index, task in enumerate(tasks)}
-    items = test_items(select_tasks(tasks, resolved.run.eval_tasks), table)
+    items = test_items(select_tasks(tasks, config.run.eval_tasks), table)
     counts = f"{len(tasks)} tasks, {sampler.num_pairs} training pairs, {len(items)} unseen test pairs of the same tasks"
-    console.say(banner_line("data", f"{resolved.data.data} {hashed[:7]}, {counts}"))
-    system = ARCSystem(resolved, len(tasks)).to(device)
+    console.say(banner_line("data", f"{config.data.data} {hashed[:7]}, {counts}"))
+    system = ARCSystem(config, len(tasks)).to(runtime.device)
     revision = system.prompt_model.revision
+    config = with_values(config, {"prompt.revision": revision})
     llm = sum(p.numel() for _, p in system.language_parameters())
-    planner = f"planner {resolved.agent.preset} ({parameter_count(system.agent):,} parameters)"
-    written = f"{resolved.prompt.model}@{revision[:12]} ({resolved.prompt.train_llm}, {llm:,} parameters train)"
+    planner = f"planner {config.agent.preset} ({parameter_count(system.agent):,} parameters)"
+    written = f"{config.prompt.model}@{revision[:12]} ({config.prompt.train_llm}, {llm:,} parameters train)"
     console.say(banner_line("model", f"{written}, {planner}"))
-    if chosen is not None:
-        folder = RunFolder(chosen.path)
-        saved = folder.read_config()
-        check_resume(from_dict(TrainConfig, saved["config"]), resolved, folder.name)
-        if (saved["data_hash"], saved["model_revision"]) != (hashed, revision):
-            raise ConfigError("the data or the language model has changed since the run began", "start anew: --fresh")
+    if chosen is None:
+        folder, run_id = RunFolder.create(config.run.out, config.run.name), None
     else:
-        folder = RunFolder.create(resolved.run.out, resolved.run.name)
-    lock = RunLock(folder.path)
-    lock.acquire()
-    folder.write_config(to_dict(resolved), data_hash=hashed, model_revision=revision, version=VERSION)
-    optimizers = build_optimizers(system)
-    run = Run(
-        config=resolved, console=console, folder=folder, log=MetricLog(folder.metrics_path), lock=lock, runtime=runtime,
-        store=CheckpointStore(folder.path, keep=resolved.run.keep, run_id=folder.name, say=console.say), system=system,
-        optimizers=optimizers, average=WeightAverage(system, resolved.optim.ema), sampler=sampler, items=items,
-        state=LoopState(), stop=StopFlag(console), data_hash=hashed,
+        folder, run_id = RunFolder(chosen.path), chosen.run_id
+        if folder.read_config()["data_hash"] != hashed:
+            raise ConfigError("the tasks have changed since the run began", "restore them, or start anew with --fresh")
+    lock = RunLock(folder.path).acquire()
+    return Run(
+        config=config, console=console, folder=folder, log=MetricLog(folder.metrics_path), lock=lock, runtime=runtime,
+        store=CheckpointStore(folder.path, keep=config.run.keep, run_id=run_id or folder.name, say=console.say),
+        system=system, optimizers=build_optimizers(system), average=WeightAverage(system, config.optim.ema),
+        sampler=sampler, items=items, state=LoopState(), stop=StopFlag(console), data_hash=hashed,
     )  # fmt: skip
-    return run
 
 
 def main(command: CommandLine) -> int:
@@ -699,6 +723,9 @@ def main(command: CommandLine) -> int:
             console.say(config_json(resolve(command.config, device.type)), always=True)
             return 0
         return start(command, console)
+    except KeyboardInterrupt:
+        console.error("interrupted before the first batch; nothing was trained")
+        return 128 + signal.SIGINT
     except Exception as error:
         known = exit_code(error)
         hint = "" if known else "this is a bug: run again with --debug for the traceback"
@@ -708,26 +735,45 @@ def main(command: CommandLine) -> int:
         console.close()
 
 
+def exit_code(error: Exception) -> int:
+    """Return the documented exit code of an error that we raise, 0 for one that only a bug raises."""
+    if isinstance(error, CheckpointError):
+        return error.exit_code
+    codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4, TrainingDiverged: 1}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 0)
+
+
 def start(command: CommandLine, console: Console) -> int:
     """Start or resume the run; return the exit code."""
+    out = command.config.run.out
     if command.resume is None and not command.fresh:
-        suggest_resume(command.config.run.out, console)
-    chosen = find_run(command.config.run.out, command.resume) if command.resume is not None else None
+        suggest_resume(Path(out), console)
+    chosen = find_run(out, command.resume) if command.resume is not None else None
     if command.resume is not None and chosen is None:
-        console.note(f"--resume auto: no run under {command.config.run.out}/, starting a new one")
+        console.note(f"--resume auto: no run under {out}/, starting a new one")
     run = build_run(command, console, chosen)
-    resumed_at = resume_from_checkpoint(run, chosen) if chosen is not None else ""
-    state, config = run.state, run.config
-    if chosen is not None and state.validated and state.epoch + 1 >= config.run.epochs:
-        run.folder.set_status("finished")
-        console.say(f"run {run.folder.name} already finished {state.epoch + 1}/{config.run.epochs} epochs; "
-                    "raise --epochs to go on", always=True)  # fmt: skip
-        return 0
+    try:
+        resumed_at = resume_from_checkpoint(run, chosen) if chosen is not None else ""
+        state, epochs = run.state, run.config.run.epochs
+        if chosen is not None and state.validated and state.epoch + 1 >= epochs:
+            run.folder.set_status("finished")
+            done = f"{state.epoch + 1}/{epochs} epochs"
+            console.say(f"run {run.folder.name} already finished {done}; raise --epochs to go on", always=True)
+            return 0
+        return run_session(run, command, resumed_at)
+    finally:
+        run.close()
+
+
+def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
+    """Note the session in the run folder, train, and say where the results lie; return the exit code."""
+    console, folder, config = run.console, run.folder, run.config
+    folder.write_config(to_dict(config), data_hash=run.data_hash, version=VERSION)
     facts = {**environment(), "device": str(run.runtime.device), "precision": run.runtime.precision}
-    run.folder.start_session(facts, resumed_at)
-    run.folder.set_status("running", run_id=run.store.run_id)
-    console.attach(run.folder.log_path)
-    console.say(banner_line("run", f"{run.folder.path}   (seed {config.run.seed})"))
+    folder.start_session(facts, resumed_at)
+    folder.set_status("running", run_id=run.store.run_id)
+    console.attach(folder.log_path)
+    console.say(banner_line("run", f"{folder.path}   (seed {config.run.seed})"))
     console.say("[OK] All models created")
     if command.dry_run:
         return dry_run(run)
@@ -735,26 +781,24 @@ def start(command: CommandLine, console: Console) -> int:
     try:
         code = train(run)
     except BaseException:
-        run.folder.set_status("failed")
+        folder.set_status("failed")
         raise
-    if code == 0 and run.folder.read_status()["status"] == "finished":
-        console.say(f"done in {duration(time.monotonic() - began)}. Best weights: {run.folder.best}")
+    if folder.read_status()["status"] == "finished":
+        console.say(f"done in {duration(time.monotonic() - began)}. Best weights: {folder.best}")
     return code
 
 
-def suggest_resume(out: str, console: Console) -> None:
-    """Say that an unfinished run could be continued, when there is one."""
-    try:
-        choice = find_run(out, "auto")
-    except CheckpointError:
-        return
-    if choice is not None and choice.status != "finished":
-        console.note(f"{choice.path} is unfinished; --resume continues it. This starts a new run.")
+def suggest_resume(out: Path, console: Console) -> None:
+    """Say that the newest run could be continued, when it is unfinished."""
+    latest = out / "LATEST"
+    path = out / latest.read_text(encoding="utf-8").strip() if latest.is_file() else out
+    unfinished = path != out and any((path / "checkpoints").glob("step_*.pt"))
+    if unfinished and RunFolder(path).read_status().get("status") != "finished":
+        console.note(f"{path} is unfinished; --resume continues it. This starts a new run.")
 
 
-def resume_from_checkpoint(run: Run, chosen: Any) -> str:
+def resume_from_checkpoint(run: Run, chosen: RunChoice) -> str:
     """Restore the newest whole checkpoint, or the named one; return a line that says where the run goes on."""
-    run.store.run_id = chosen.run_id
     checkpoint = read_checkpoint(chosen.checkpoint) if chosen.explicit else run.store.latest()
     if checkpoint is None:
         raise CheckpointError(f"--resume: {run.folder.path} has no loadable checkpoint", "start one without --resume")
@@ -777,17 +821,9 @@ def dry_run(run: Run) -> int:
     update = apply_gradients(result, run.system, run.optimizers, run.runtime, watch_qwen=True)
     path = save(run)
     run.folder.set_status("finished")
-    step = "taken" if update.taken else "skipped"
-    run.console.say(f"dry run: one batch (loss {float(result.total):.3f}, step {step}) and one save ({path}) work")
+    loss, step = float(result.total.detach()), "taken" if update.taken else "skipped"
+    run.console.say(f"dry run: one batch (loss {loss:.3f}, step {step}) and one save ({path}) work")
     return 0 if update.taken and path is not None else 1
-
-
-def exit_code(error: Exception) -> int:
-    """Return the documented exit code of an error that we raise, 0 for one that only a bug raises."""
-    if isinstance(error, CheckpointError):
-        return error.exit_code
-    codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4, TrainingDiverged: 1}
-    return next((code for kind, code in codes.items() if isinstance(error, kind)), 0)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def trained_state(make_lab: Callable[..., Lab]) -> dict[str, dict[str, Tensor]]:
 
     The planner's heads start at zero, so an untrained one does not listen to its prompt.
     """
-    lab = make_lab("--batch-size", "8", "--augment", "none", "--lr", "1e-2")
+    lab = make_lab("--batch-size", "8", "--augment", "none", "--lr", "1e-2", "--muon-lr", "1e-2")
     for k in range(40):
         lab.step(k, progress=4.0, rewarded=False)
     return snapshot(lab.system.checkpoint_state())

@@ -82,7 +82,7 @@ def rises(lab: Lab, proposal: Any, terms: Any) -> Tensor:
 
 def test_fix2_higher_reward_prompt_becomes_more_likely(make_lab, trained_state):
     def fresh() -> Lab:
-        lab = make_lab("--batch-size", "8", "--augment", "none", "--action-scale", "1", "--lr", "1e-2")
+        lab = make_lab("--batch-size", "8", "--augment", "none", "--action-scale", "1", "--rl-lr", "3e-3")
         lab.system.load_checkpoint_state(trained_state)
         return lab
 
@@ -205,7 +205,7 @@ def test_fix6_policy_gradient_climbs_a_known_reward(make_lab, trained_state):
     """The reward is the planner's own log-probability of the true output; only the policy learns."""
 
     def climb(sign: float, updates: int) -> float:
-        lab = make_lab("--batch-size", "8", "--augment", "none", "--lr", "1e-2", "--action-scale", "1")
+        lab = make_lab("--batch-size", "8", "--augment", "none", "--action-scale", "1", "--rl-lr", "3e-3")
         system, policy = lab.system, lab.system.policy
         system.load_checkpoint_state(trained_state)
         _, answer, scene, reading, _ = propose(lab, 1)
@@ -233,8 +233,8 @@ def test_fix6_policy_gradient_climbs_a_known_reward(make_lab, trained_state):
         assert all(torch.equal(p, before[name]) and p.grad is None for name, p in others)
         return mean_move() - start
 
-    assert climb(1.0, 30) > 0.01  # nats per cell; 0.017 is measured
-    assert climb(-1.0, 30) < -0.03  # down is easier: -0.060
+    assert climb(1.0, 30) > 0.005  # nats per cell; 0.012 is measured
+    assert climb(-1.0, 30) < -0.02  # down is easier: -0.056
     assert climb(0.0, 5) == 0.0  # a constant reward teaches nothing
 
 
@@ -314,7 +314,7 @@ def test_every_trainable_parameter_moves(make_lab):
 
 
 def test_shuffled_prompts_change_predictions(make_lab, tasks, trained_state):
-    lab = make_lab("--batch-size", "8", "--augment", "none", "--lr", "1e-2")
+    lab = make_lab("--batch-size", "8", "--augment", "none")
     lab.system.load_checkpoint_state(trained_state)
     lab.system.eval()
     items = test_contexts(tasks, {task.id: i for i, task in enumerate(tasks)})
@@ -326,7 +326,7 @@ def test_shuffled_prompts_change_predictions(make_lab, tasks, trained_state):
         own = evaluate.decode(lab.system.plan(scene, reading, scene.embedding))
         for shift in (1, 3):
             shuffled = evaluate.decode(lab.system.plan(scene, reading, scene.embedding.roll(shift, 0)))
-            assert (own != shuffled).flatten(1).any(1).sum() >= 3  # of eight predictions
+            assert (own != shuffled).flatten(1).any(1).sum() >= 2  # of eight predictions; four are measured
     assert evaluate.validate(lab.system, lab.runtime, items, 4096)["prompt_gap"] != 0
 
 
@@ -367,7 +367,7 @@ def tensors(prediction: evaluate.Prediction) -> dict[str, Any]:
 
 def test_scrambled_answers_do_not_change_predictions(make_lab, tasks, trained_state):
     def fresh() -> Lab:
-        lab = make_lab("--batch-size", "8", "--augment", "none", "--lr", "1e-2", "--memory-similarity", "-1")
+        lab = make_lab("--batch-size", "8", "--augment", "none", "--memory-similarity", "-1")
         lab.system.load_checkpoint_state(trained_state)
         for k in range(2):
             query, answer = lab.batch(k)
