@@ -410,6 +410,7 @@ class SizeHead(nn.Module):
         self.input = nn.Linear(num_features + 4 * MAX_SIDE, hidden)
         self.output = nn.Linear(hidden, 2 * MAX_SIDE)
         self.rule_trust = nn.Parameter(torch.ones(()))
+        nn.init.normal_(self.input.weight, std=0.3)  # its inputs are mostly one-hot
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 

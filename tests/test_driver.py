@@ -178,7 +178,8 @@ def test_run_folder_holds_every_file(reference):
     state = json.loads((reference.path / "run.json").read_text())
     assert (state["status"], state["epoch"], state["step"]) == ("finished", 1, 14)
     config = json.loads((reference.path / "config.json").read_text())
-    assert config["config"]["prompt"]["revision"] == "tiny-v1" and config["config"]["agent"]["width"] == 32 and config["data_hash"]
+    settings = config["config"]
+    assert settings["prompt"]["revision"] == "tiny-v1" and settings["agent"]["width"] == 32 and config["data_hash"]
     (session,) = json.loads((reference.path / "env.json").read_text())
     assert session["device"] == "cpu" and session["packages"]["torch"]
     rows = read_epochs(reference.path / "epochs.csv")

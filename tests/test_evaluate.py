@@ -152,6 +152,7 @@ def test_belief_that_is_the_prior_gains_no_nats(items):
     system = make_system(memory__use_memory=False)
     with torch.no_grad():
         system.agent.read_trust.zero_()
+        system.agent.trust.weight.zero_()
     found, trivial = validate(system, RUNTIME, items, ALL_AT_ONCE), baselines(items, system.prior)
     assert abs(found["nats_gained"]) < 1e-4
     assert found["cells_true"] == pytest.approx(trivial["prior_cells"], abs=0.01)
@@ -164,6 +165,7 @@ def test_nats_gained_has_the_right_sign(items):
         system = make_system(memory__use_memory=False, agent__kappa=kappa)
         with torch.no_grad():
             system.agent.read_trust.zero_()
+            system.agent.trust.weight.zero_()
         gains[kappa] = validate(system, RUNTIME, items, ALL_AT_ONCE)["nats_gained"]
     uniform_minus_prior = np.mean(
         [math.log(10) - reference_nats(PriorCache().preference(c, a.shape).log_prob, a) for c, a in items]
@@ -343,7 +345,7 @@ def test_decode_takes_the_final_belief_inside_the_mask():
     none = torch.zeros(2, 1)
     halt = torch.tensor([[-1.0, 1.0, -1.0], [-1.0, -1.0, -1.0]])
     grid = decode(Trajectory(forward, None, forward, none, none, halt, none, none, none, mask))
-    for b, step in ((0, 1), (1, 2)):
+    for b, step in ((0, 2), (1, 2)):
         for r in range(4):
             for c in range(4):
                 assert grid[b, r, c] == (forward[b, step, r, c].argmax() if mask[b, r, c] else PAD)
