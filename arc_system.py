@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arc_data import PAD, Query, canvas_side
+from arc_data import PAD, Answer, Query, canvas_side
 from config import ConfigError, TrainConfig
 from demo_prior import NUM_FEATURES, PriorCache
-from grid_accuracy_loss import ARCPromptGuidedAgent, Reading, Trajectory, with_backward
+from grid_accuracy_loss import ARCPromptGuidedAgent, Reading, Trajectory, cell_nats, with_backward
 from loss_function import EFELoss
-from policy_refined import PolicyRefinedAgent
+from policy_refined import PolicyRefinedAgent, PolicyTerms, Proposal
 from qwen_hybrid_prompt import Prompt, QwenHybridPrompt
+from reward_shaping import Potentials, cells_union, dense_reward, potentials, shaping_reward
 from solver2 import MemoryBuffer, MemoryReader, Recall, ZTable
 
 CONTROL_DIM = 32
@@ -255,6 +256,62 @@ class ARCSystem(nn.Module):
         """Return the names of the parameters that the policy's own optimizer owns."""
         owned = {id(p) for p in self.policy.policy_parameters()}
         return {name for name, p in self.named_parameters() if id(p) in owned}
+
+
+# Judging refinements: the only functions here that see an answer ----------------------------------------------------
+
+
+@torch.no_grad()
+def rate(
+    system: ARCSystem, query: Query, answer: Answer, grid: Tensor, prompt: Tensor, reliability: Tensor | None
+) -> Potentials:
+    """Return the potentials [B] of grids [B, S, S] that were planned at the true size.
+
+    With a reliability [B] (how well the backward planner finds the input from the true output), the backward planner's
+    way from each grid back to the input counts as well.
+    """
+    agreement = None
+    if reliability is not None:
+        agreement = agreement_with_input(query, system.agent.plan_backward(query, grid, answer.target_size, prompt))
+    size = answer.target_size
+    return potentials(grid, size, answer.target, size, query.input, query.input_size, system.config.reward,
+                      agreement, reliability)  # fmt: skip
+
+
+def agreement_with_input(query: Query, backward: Tensor) -> Tensor:
+    """Return the share [B] of input cells that the backward beliefs [B, T, F, F, C] end at."""
+    return cells_union(backward[:, 0].argmax(-1), query.input_size, query.input, query.input_size)
+
+
+def score_refinements(
+    system: ARCSystem, query: Query, answer: Answer, scene: Scene, reading: Reading, proposal: Proposal,
+    trajectory: Trajectory, progress: float,
+) -> tuple[PolicyTerms, Tensor, Tensor | None]:  # fmt: skip
+    """Return the policy's terms, the reward [B] of member 0, and what the memory gained [B].
+
+    The reward of a refinement is the change of the potential against the unrefined prompt, planned from the same
+    reading; member 0 is the trajectory that is trained on. No gradient flows through any of it.
+    """
+    with torch.no_grad():
+        refined = system.policy.refine(scene.embedding, proposal)  # [G, B, Dp]
+        plain = [scene.embedding] if scene.recall is None else [scene.embedding, scene.prompt.embedding]
+        prompts = torch.stack([refined[0], *plain, *refined[1:]])  # member 0, before, without memory, other members
+        planned = system.agent.plan(reading.repeat(len(prompts) - 1), prompts[1:].flatten(0, 1))
+        logits = torch.cat((trajectory.final(), planned.final())).unflatten(0, prompts.shape[:2])
+        features = torch.cat((trajectory.features, planned.features)).float().unflatten(0, prompts.shape[:2])
+        judged = system.config.reward.reward_reverse > 0 and trajectory.backward is not None
+        reliability = agreement_with_input(query, trajectory.backward) if judged else None
+        grids = torch.where(trajectory.mask, logits.argmax(-1), PAD)
+        rated = [rate(system, query, answer, *pair, reliability) for pair in zip(grids, prompts, strict=True)]
+        nats = torch.stack([cell_nats(x, answer.target) for x in logits])
+        members = [0, *range(1 + len(plain), len(prompts))]
+        change = torch.stack([shaping_reward(rated[1], rated[m]) for m in members])
+        dense = torch.stack([dense_reward(nats[1], nats[m], system.config.reward) for m in members])
+        next_state = system.policy.next_state(proposal, refined, features[members] - features[1])
+    scale = system.policy.curiosity_scale(progress)
+    terms = system.policy.losses(proposal, change + dense, scale, next_state)
+    gain = shaping_reward(rated[2], rated[1]) if len(plain) == 2 else None
+    return terms, change[0], gain
 
 
 def on_canvas(grid: Tensor, side: int) -> Tensor:

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from arc_data import PAD, Answer, Context, Grid, Query, collate, evaluation_batches
+from arc_data import Answer, Context, Grid, Query, collate, evaluation_batches
 from arc_system import ARCSystem, Runtime, Scene, canvas_for
 from demo_prior import PriorCache
-from grid_accuracy_loss import Trajectory, cell_accuracy, exact_match
+from grid_accuracy_loss import cell_accuracy, cell_nats, exact_match
 from reward_shaping import cells_union
 
 Item = tuple[Context, Grid]
@@ -40,11 +39,6 @@ class Prediction:
     scene: Scene
 
 
-def decode(trajectory: Trajectory) -> Tensor:
-    """Return the most probable colours [B, S, S] of the final belief, PAD outside the mask."""
-    return torch.where(trajectory.mask, trajectory.final().argmax(-1), PAD)
-
-
 @torch.no_grad()
 def predict(system: ARCSystem, query: Query, runtime: Runtime) -> Prediction:
     """Return predictions of size and cells from the query alone; deterministic (the policy's mean move)."""
@@ -58,7 +52,7 @@ def predict(system: ARCSystem, query: Query, runtime: Runtime) -> Prediction:
         before = system.plan(scene, reading, scene.embedding)
     halted = after.halt_logits > 0
     steps = torch.where(halted.any(1), halted.int().argmax(1) + 1, after.halt_logits.shape[1])
-    return Prediction(sizes, decode(after), decode(before), refined, steps, scene)
+    return Prediction(sizes, after.decode(), before.decode(), refined, steps, scene)
 
 
 @dataclass
@@ -148,22 +142,15 @@ def look_at_true_size(tally: Tally, system: ARCSystem, runtime: Runtime, query: 
         reading, preference = system.read(query, scene, answer.target_size, side, answer.shapes)
         own = system.plan(scene, reading, refined)
         shuffled = system.plan(scene, reading, refined.roll(len(query) // 2, 0)) if len(query) > 1 else None
-    right, cells = cell_accuracy(decode(own), answer.target)
+    right, cells = cell_accuracy(own.decode(), answer.target)
     tally.add("cells_true", right / cells)
-    nats = cell_nats(own.final(), answer)
+    nats = cell_nats(own.final(), answer.target)
     tally.add("nats", nats)
     prior = system.prior.preferences(query, answer.shapes, side).to(runtime.device)
-    tally.add("prior_nats", cell_nats(prior, answer))
+    tally.add("prior_nats", cell_nats(prior, answer.target))
     if shuffled is not None:
         tally.add("paired_nats", nats)
-        tally.add("shuffled_nats", cell_nats(shuffled.final(), answer))
-
-
-def cell_nats(logits: Tensor, answer: Answer) -> Tensor:
-    """Return the cross-entropy [B] in nats per cell of beliefs [B, S, S, C] with the target."""
-    target = torch.where(answer.mask, answer.target, 0)
-    log_prob = F.log_softmax(logits.float(), -1).gather(-1, target[..., None])[..., 0]
-    return -torch.where(answer.mask, log_prob, 0).sum((1, 2)) / answer.mask.sum((1, 2))
+        tally.add("shuffled_nats", cell_nats(shuffled.final(), answer.target))
 
 
 # Baselines that need no training -------------------------------------------------------------------------------------

@@ -57,6 +57,10 @@ class Trajectory:
         answers taken where it fires had wrong cells that later steps mend (docs/LAB_NOTEBOOK.md)."""
         return self.forward[:, -1]
 
+    def decode(self) -> Tensor:
+        """Return the most probable colours [B, H, W] of the final belief, PAD outside the mask."""
+        return torch.where(self.mask, self.final().argmax(-1), PAD)
+
 
 @dataclass
 class Reading:
@@ -419,7 +423,8 @@ class SizeHead(nn.Module):
         size = F.one_hot(input_size.clamp(1, MAX_SIDE) - 1, MAX_SIDE).flatten(1).float()
         rule = size_log_prob.exp().flatten(1)
         hidden = F.silu(self.input(torch.cat((features, size, rule), 1)))
-        logits = self.output(hidden).view(-1, 2, MAX_SIDE).float() + self.rule_trust * size_log_prob
+        learnt = 2 * self.output(hidden).view(-1, 2, MAX_SIDE).float()  # twice the step of a plain head
+        logits = learnt + self.rule_trust * size_log_prob
         return logits[:, 0], logits[:, 1]
 
 
@@ -637,6 +642,13 @@ def cell_accuracy(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return (right, cells) per sample [B]: colours [B, H, W] compared where the target is not PAD."""
     mask = target != PAD
     return ((prediction == target) & mask).sum((1, 2)), mask.sum((1, 2))
+
+
+def cell_nats(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the cross-entropy [B], nats per cell, of beliefs [B, H, W, C] with the target [B, H, W] (PAD outside)."""
+    mask = target != PAD
+    log_prob = F.log_softmax(logits.float(), -1).gather(-1, torch.where(mask, target, 0)[..., None])[..., 0]
+    return -torch.where(mask, log_prob, 0).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
 
 
 def exact_match(prediction: Tensor, size: Tensor, target: Tensor, target_size: Tensor) -> Tensor:

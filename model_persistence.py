@@ -16,6 +16,7 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -625,7 +626,30 @@ def _try_flock(descriptor: int) -> bool | None:
     return True
 
 
-# 7. Finding the run to resume --------------------------------------------------------------------------------------
+# 7. Signals ---------------------------------------------------------------------------------------------------------
+
+
+class StopFlag:
+    """SIGINT and SIGTERM ask the loop to stop after the batch; a second one ends the process at once."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.signal: int | None = None
+        self._say = say
+        self.before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def release(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: Any) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        self._say("stopping after this batch ... (press again to stop at once; the last checkpoint stays valid)")
+
+
+# 8. Finding the run to resume --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -721,7 +745,7 @@ def _status_of(run: Path) -> str:
     return str(_read_run(run).get("status", "unknown"))
 
 
-# 8. Random state ---------------------------------------------------------------------------------------------------
+# 9. Random state ---------------------------------------------------------------------------------------------------
 
 
 def rng_state() -> dict[str, Any]:

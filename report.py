@@ -520,6 +520,36 @@ def speed_line(cells_per_second: float) -> str:
     return f"  Cells per second: {cells_per_second:.0f}"
 
 
+def full_summary(
+    epoch: int,
+    train: dict[str, float],
+    scores: dict[str, float] | None,
+    base: dict[str, float] | None,
+    memory: dict[str, float],
+    cells_per_second: float,
+) -> str:
+    """Return all lines of an epoch's summary: training means, validation scores beside the baselines, memory.
+
+    `train` holds the means of the epoch, the weighted terms under "term/NAME"; without a validation, scores are None.
+    """
+    judged = [scores[name] if scores else None for name in ("exact", "outputs", "accuracy_delta")]
+    lines = [epoch_summary(epoch, train.get("loss"), train.get("reward"), train.get("qwen_grad"), *judged)]
+    lines.append(terms_line({n.removeprefix("term/"): v for n, v in train.items() if n.startswith("term/")}))
+    if scores and base:
+        lines += [
+            cells_line(scores["cells_true"], base["copy_cells"], base["color_cells"], base["prior_cells"]),
+            predicted_cells_line(scores["cells_predicted"], scores["cells_unrefined"]),
+            f"  Exact: {scores['exact']} | copy-input {base['copy_exact']} | one-colour {base['color_exact']}"
+            f" | demo prior {base['prior_exact']}",
+            size_line(scores["size_accuracy"], base["rule_size"]),
+            gain_line(scores["nats_gained"]),
+            prompt_gap_line(scores["prompt_gap"]),
+        ]
+    lines.append(f"  Memory: {memory['size']} entries, threshold {memory['theta']:.3f}")
+    lines += [update_ratio_line(train.get("qwen_upd")), speed_line(cells_per_second)]
+    return "\n".join(lines)
+
+
 def duration(seconds: float) -> str:
     """Return a time in the two units that matter: "41 s", "12 min 5 s", "2 h 10 min"."""
     whole = round(seconds)

@@ -52,6 +52,7 @@ from arc_system import (
     keyed_generator,
     learning_rate_scale,
     on_canvas,
+    score_refinements,
     set_learning_rate,
     update_ratio,
 )
@@ -69,7 +70,7 @@ from config import (
     to_dict,
     with_values,
 )
-from evaluate import baselines, decode, validate
+from evaluate import baselines, validate
 from grid_accuracy_loss import Trajectory, exact_match, parameter_count
 from loss_function import EFETerms
 from model_persistence import (
@@ -77,13 +78,14 @@ from model_persistence import (
     CheckpointStore,
     RunChoice,
     RunLock,
+    StopFlag,
     find_run,
     read_checkpoint,
     rng_state,
     save_best_weights,
     set_rng_state,
 )
-from policy_refined import PolicyTerms, Proposal
+from policy_refined import PolicyTerms
 from qwen_hybrid_prompt import ModelError
 from report import (
     MetricLog,
@@ -91,20 +93,11 @@ from report import (
     RunFolderError,
     banner_line,
     batch_line,
-    cells_line,
     check_writable,
     duration,
     environment,
-    epoch_summary,
-    gain_line,
-    predicted_cells_line,
-    prompt_gap_line,
-    size_line,
-    speed_line,
-    terms_line,
-    update_ratio_line,
+    full_summary,
 )
-from reward_shaping import dense_reward, potentials
 from solver2 import Candidates
 
 MAX_BAD_STEPS = 20
@@ -153,7 +146,9 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
     trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
     policy, reward, gain = None, None, None
     if moment.scores_refinements:
-        policy, reward, gain = score_refinements(system, query, answer, scene, reading, proposal, trajectory, moment)
+        policy, reward, gain = score_refinements(
+            system, query, answer, scene, reading, proposal, trajectory, moment.progress
+        )
     terms = system.efe_loss(
         trajectory,
         query,
@@ -165,55 +160,6 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
         progress=moment.progress,
     )
     return StepResult(terms.total, terms, policy, reward, gain, scene, refined, trajectory)
-
-
-@torch.no_grad()
-def rate(system: ARCSystem, query: Query, answer: Answer, trajectory: Trajectory) -> tuple[Any, Tensor]:
-    """Return the potentials and the cross-entropy [B] of a trajectory that was planned at the true size."""
-    copies = trajectory.forward.shape[0] // len(answer.target)
-
-    def tile(x: Tensor) -> Tensor:
-        return x.repeat(copies, *([1] * (x.dim() - 1)))
-
-    target, size = tile(answer.target), tile(answer.target_size)
-    rated = potentials(
-        decode(trajectory), size, target, size, tile(query.input), tile(query.input_size), system.config.reward
-    )
-    log_prob = trajectory.final().log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
-    mask = target != PAD
-    nats = -torch.where(mask, log_prob, 0).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
-    return rated, nats
-
-
-def score_refinements(
-    system: ARCSystem, query: Query, answer: Answer, scene: Scene, reading: Any, proposal: Proposal,
-    trajectory: Trajectory, moment: Moment,
-) -> tuple[PolicyTerms, Tensor, Tensor | None]:  # fmt: skip
-    """Return the policy's terms, the reward [B] of member 0, and what the memory gained [B].
-
-    The reward of a refinement is the change of the potential against the unrefined prompt, planned from the same
-    reading; member 0 is the trajectory that is trained on. No gradient flows through any of it.
-    """
-    with torch.no_grad():
-        prompts = system.policy.refine(scene.embedding, proposal)  # [G, B, Dp]
-        groups, batch = prompts.shape[:2]
-        plain = [scene.embedding] if scene.recall is None else [scene.embedding, scene.prompt.embedding]
-        others = torch.cat([*plain, *prompts[1:]])
-        planned = system.agent.plan(reading.repeat(len(others) // batch), others)
-        rated, nats = rate(system, query, answer, planned)
-        own, own_nats = rate(system, query, answer, trajectory)
-        phi = rated.total.view(-1, batch)
-        nats = nats.view(-1, batch)
-        after = torch.cat((own.total[None], phi[len(plain) :]))
-        change = after - phi[0]
-        dense = dense_reward(nats[0], torch.cat((own_nats[None], nats[len(plain) :])), system.config.reward)
-        pooled = planned.features.view(-1, batch, planned.features.shape[-1])
-        features = torch.cat((trajectory.features[None].float(), pooled[len(plain) :].float()))
-        next_state = system.policy.next_state(proposal, prompts, features - pooled[0].float())
-    scale = system.policy.curiosity_scale(moment.progress)
-    terms = system.policy.losses(proposal, change + dense, scale, next_state)
-    gain = phi[0] - phi[1] if len(plain) == 2 else None
-    return terms, change[0], gain
 
 
 # 2. One update -------------------------------------------------------------------------------------------------------
@@ -270,7 +216,7 @@ def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResu
 
     Called after a step that was taken. A sample's score is its cell accuracy, 0 when its size was predicted wrong.
     """
-    prediction = decode(result.trajectory)
+    prediction = result.trajectory.decode()
     right = ((prediction == answer.target) & answer.mask).sum((1, 2)) / answer.mask.sum((1, 2)).clamp(min=1)
     sizes = result.scene.sizes()
     score = torch.where((sizes == answer.target_size).all(1), right, 0.0)
@@ -329,26 +275,6 @@ class LoopState:
             for name, value in values.items():
                 value = torch.as_tensor(value, dtype=torch.float32).detach()
                 sums[name] = sums[name] + value if name in sums else value
-
-
-class StopFlag:
-    """SIGINT and SIGTERM ask the loop to stop after the batch; a second one ends the process at once."""
-
-    def __init__(self, console: Console):
-        self.signal: int | None = None
-        self.console = console
-        self.before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def release(self) -> None:
-        """Give the signals back to whoever had them."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-        self.console.say("stopping after this batch ... (press again to stop at once; the last checkpoint stays valid)")
 
 
 @dataclass
@@ -532,25 +458,9 @@ def run_validation(run: Run) -> dict[str, float]:
 def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
     """Print and store the epoch's summary, keep the best weights, and save the state as validated."""
     state, values = run.state, means(run.state.epoch_sums)
-    judged = [scores[name] if scores else None for name in ("exact", "outputs", "accuracy_delta")]
-    text = [epoch_summary(state.epoch, values.get("loss"), values.get("reward"), values.get("qwen_grad"), *judged)]
-    text.append(terms_line({n.removeprefix("term/"): v for n, v in values.items() if n.startswith("term/")}))
-    if scores:
-        base = run.baselines
-        text += [
-            cells_line(scores["cells_true"], base["copy_cells"], base["color_cells"], base["prior_cells"]),
-            predicted_cells_line(scores["cells_predicted"], scores["cells_unrefined"]),
-            f"  Exact: {scores['exact']} | copy-input {base['copy_exact']} | one-colour {base['color_exact']}"
-            f" | demo prior {base['prior_exact']}",
-            size_line(scores["size_accuracy"], base["rule_size"]),
-            gain_line(scores["nats_gained"]),
-            prompt_gap_line(scores["prompt_gap"]),
-        ]
     memory = run.system.memory.statistics()
-    text.append(f"  Memory: {memory['size']} entries, threshold {memory['theta']:.3f}")
-    text.append(update_ratio_line(values.get("qwen_upd")))
-    text.append(speed_line(values.get("cells", 0.0) / max(state.epoch_seconds, 1e-9)))
-    run.console.say("\n".join(text))
+    speed = values.get("cells", 0.0) / max(state.epoch_seconds, 1e-9)
+    run.console.say(full_summary(state.epoch, values, scores, run.baselines, memory, speed))
     row = {"epoch": state.epoch, "step": state.step, "memory": memory["size"], "threshold": memory["theta"]}
     row |= {name.replace("term/", "train_"): value for name, value in values.items()}
     row |= {f"val_{name}": value for name, value in (scores or {}).items()}
@@ -710,7 +620,7 @@ def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) 
         config=config, console=console, folder=folder, log=MetricLog(folder.metrics_path), lock=lock, runtime=runtime,
         store=CheckpointStore(folder.path, keep=config.run.keep, run_id=run_id or folder.name, say=console.say),
         system=system, optimizers=build_optimizers(system), average=WeightAverage(system, config.optim.ema),
-        sampler=sampler, items=items, state=LoopState(), stop=StopFlag(console), data_hash=hashed,
+        sampler=sampler, items=items, state=LoopState(), stop=StopFlag(console.say), data_hash=hashed,
     )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def test_fix2_higher_reward_prompt_becomes_more_likely(make_lab, trained_state):
     refined = lab.system.policy.refine(scene.embedding, proposal, 0)
     trajectory = lab.system.plan(scene, reading, refined)
     moment = driver.Moment(0, 4.0, True)
-    terms, reward, _ = driver.score_refinements(lab.system, query, answer, scene, reading, proposal, trajectory, moment)
+    terms, reward, _ = driver.score_refinements(lab.system, query, answer, scene, reading, proposal, trajectory, 4.0)
     advantage = terms.advantage
     assert (advantage.amax(0) > advantage.amin(0)).all()
     rise = rises(lab, proposal, terms)
@@ -323,9 +323,9 @@ def test_shuffled_prompts_change_predictions(make_lab, tasks, trained_state):
         scene = lab.system.observe(query)
         sizes = scene.sizes()
         reading, _ = lab.system.read(query, scene, sizes, evaluate.canvas_for(sizes))
-        own = evaluate.decode(lab.system.plan(scene, reading, scene.embedding))
+        own = lab.system.plan(scene, reading, scene.embedding).decode()
         for shift in (1, 3):
-            shuffled = evaluate.decode(lab.system.plan(scene, reading, scene.embedding.roll(shift, 0)))
+            shuffled = lab.system.plan(scene, reading, scene.embedding.roll(shift, 0)).decode()
             assert (own != shuffled).flatten(1).any(1).sum() >= 2  # of eight predictions; four are measured
     assert evaluate.validate(lab.system, lab.runtime, items, 4096)["prompt_gap"] != 0
 

@@ -17,8 +17,8 @@ from arc_data import test_contexts as test_items
 from arc_system import ARCSystem, build_optimizers, choose_runtime
 from config import TrainConfig, resolve, with_values
 from demo_prior import PriorCache
-from evaluate import Prediction, Tally, baselines, cell_nats, decode, judge, predict, validate
-from grid_accuracy_loss import Trajectory
+from evaluate import Prediction, Tally, baselines, judge, predict, validate
+from grid_accuracy_loss import Trajectory, cell_nats
 from solver2 import Candidates
 
 SMALL = {
@@ -344,7 +344,7 @@ def test_decode_takes_the_final_belief_inside_the_mask():
     mask[0, :2, :3], mask[1, :4, :1] = True, True
     none = torch.zeros(2, 1)
     halt = torch.tensor([[-1.0, 1.0, -1.0], [-1.0, -1.0, -1.0]])
-    grid = decode(Trajectory(forward, None, forward, none, none, halt, none, none, none, mask))
+    grid = Trajectory(forward, None, forward, none, none, halt, none, none, none, mask).decode()
     for b, step in ((0, 2), (1, 2)):
         for r in range(4):
             for c in range(4):
@@ -417,10 +417,10 @@ def test_cell_nats_equal_cross_entropy_per_output():
     pairs = zip(logits.movedim(-1, 1), target, strict=True)
     expected = torch.stack([F.cross_entropy(x[None], y[None], ignore_index=PAD) for x, y in pairs])
     answer = Answer(target, torch.tensor(sizes))
-    torch.testing.assert_close(cell_nats(logits, answer), expected)
+    torch.testing.assert_close(cell_nats(logits, answer.target), expected)
     poisoned = torch.where((target == PAD)[..., None], float("nan"), logits)
-    torch.testing.assert_close(cell_nats(poisoned, answer), expected)
-    torch.testing.assert_close(cell_nats(logits + 7.0, answer), expected)  # beliefs need not be normalised
+    torch.testing.assert_close(cell_nats(poisoned, answer.target), expected)
+    torch.testing.assert_close(cell_nats(logits + 7.0, answer.target), expected)  # beliefs need not be normalised
 
 
 # Baselines -----------------------------------------------------------------------------------------------------------
