@@ -161,7 +161,9 @@ class RewardConfig:
     reward_color: float = setting(0.5, "weight of the colour histogram", low=0)
     reward_iou: float = setting(1.0, "weight of the changed cells' intersection over union", low=0)
     reward_exact: float = setting(1.0, "weight of an exact match", low=0)
-    reward_reverse: float = setting(0.5, "weight of the backward planner's agreement, gated by accuracy", low=0)
+    reward_reverse: float = setting(
+        0.0, "weight of the backward planner's agreement; above 0 every refinement is planned back", low=0
+    )
     reward_dense: float = setting(
         0.5, "weight of the clipped fall in cross-entropy added to the policy's reward", low=0
     )

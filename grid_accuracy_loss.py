@@ -218,6 +218,13 @@ def input_views(grid: Tensor, size: Tensor, out_size: Tensor, side: int) -> tupl
     return torch.cat((copies, rays[:, :, :side, :side], constants), 1), most
 
 
+def view_codes(views: Tensor) -> Tensor:
+    """Return the views [B, V, H, W] as joined one-hot codes [B, H, W, V * NUM_CODES], float."""
+    offsets = torch.arange(NUM_VIEWS, device=views.device) * NUM_CODES
+    codes = torch.zeros(*views.shape[:1], *views.shape[2:], NUM_VIEWS * NUM_CODES, device=views.device)
+    return codes.scatter_(-1, views.movedim(1, -1) + offsets, 1.0)
+
+
 def cell_geometry(views: Tensor, background: Tensor, size: Tensor, out_size: Tensor) -> Tensor:
     """Return per-cell invariants [B, H, W, G]: equalities between views, neighbours, borders, parity, sizes."""
     side = views.shape[-1]
@@ -479,8 +486,7 @@ class ARCPromptGuidedAgent(nn.Module):
     def embed(self, grid: Tensor, size: Tensor, out_size: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return cell features [B, S, S, D] and views [B, V, S, S] of inputs seen from output cells."""
         views, background = input_views(grid, size, out_size, mask.shape[-1])
-        codes = F.one_hot(views.movedim(1, -1), NUM_CODES).flatten(-2).to(self.view_embed.weight.dtype)
-        x = self.view_embed(codes) + self.geometry_embed(cell_geometry(views, background, size, out_size))
+        x = self.view_embed(view_codes(views)) + self.geometry_embed(cell_geometry(views, background, size, out_size))
         x = torch.where(mask[..., None], x, 0)
         for block in self.read_blocks:
             x = block(x, mask)
