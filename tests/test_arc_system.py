@@ -689,3 +689,58 @@ def test_system_names_its_parts_once():
     assert {name for name, _ in system.named_parameters()} <= covered
     assert system.device == torch.device("cpu")
     assert system.observe(make_batch()[0]).prompt.control.shape == (3, arc_system.CONTROL_DIM)
+
+
+# Judging refinements -------------------------------------------------------------------------------------------------
+
+
+def score(system, samples=4, seed=0):
+    """Return (terms, reward, gain) of refinements of one batch, and what they were judged on."""
+    query, answer = make_batch()
+    with torch.no_grad():
+        scene = system.observe(query)
+        reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1], answer.shapes)
+        proposal = system.policy.propose(scene.prompt, scene.features, samples, torch.Generator().manual_seed(seed))
+        refined = system.policy.refine(scene.embedding, proposal, 0)
+        target = torch.where(answer.mask, answer.target, PAD)
+        trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
+    judged = arc_system.score_refinements(system, query, answer, scene, reading, proposal, trajectory, 5.0)
+    return judged, (query, answer, scene, refined, trajectory)
+
+
+def test_reward_of_the_trained_refinement_is_the_change_of_its_potential():
+    system = make_system(noise=0.3, policy__action_scale=30.0, reward__reward_dense=0.0)
+    (terms, reward, gain), (query, answer, scene, _, trajectory) = score(system)
+    with torch.no_grad():
+        reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1])
+        before = system.plan(scene, reading, scene.embedding)
+        without = system.plan(scene, reading, scene.prompt.embedding)
+    rated = [arc_system.rate(system, query, answer, t.decode(), scene.embedding, None).total
+             for t in (trajectory, before, without)]  # fmt: skip
+    torch.testing.assert_close(reward, rated[0] - rated[1])
+    torch.testing.assert_close(gain, rated[1] - rated[2])
+    assert reward.abs().max() > 0 and terms.advantage.shape == (4, 3)
+
+
+def test_reverse_component_counts_the_backward_planners_way_to_the_input():
+    with_reverse = make_system(noise=0.3, policy__action_scale=30.0, reward__reward_reverse=0.5)
+    without = make_system(noise=0.3, policy__action_scale=30.0)
+    planned = []
+    for system in (with_reverse, without):
+        original = system.agent.plan_backward
+        system.agent.plan_backward = lambda *args, original=original: planned.append(1) or original(*args)
+    score(without)
+    assert len(planned) == 1  # the trajectory's own
+    score(with_reverse)
+    assert len(planned) == 1 + 1 + 6  # and one for each of: four refinements, before, without memory
+    _, (query, answer, scene, refined, trajectory) = score(with_reverse)
+    reliability = arc_system.agreement_with_input(query, trajectory.backward)
+    expected = [
+        (trajectory.backward[b, 0, :h, :w].argmax(-1) == query.input[b, :h, :w]).float().mean()
+        for b, (h, w) in enumerate(query.input_size.tolist())
+    ]
+    torch.testing.assert_close(reliability, torch.stack(expected))
+    rated = arc_system.rate(with_reverse, query, answer, trajectory.decode(), refined, reliability)
+    with torch.no_grad():
+        back = with_reverse.agent.plan_backward(query, trajectory.decode(), answer.target_size, refined)
+    torch.testing.assert_close(rated.reverse, arc_system.agreement_with_input(query, back) * rated.accuracy)
