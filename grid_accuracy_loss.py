@@ -487,7 +487,7 @@ class ARCPromptGuidedAgent(nn.Module):
         """Return cell features [B, S, S, D] and views [B, V, S, S] of inputs seen from output cells."""
         views, background = input_views(grid, size, out_size, mask.shape[-1])
         x = self.view_embed(view_codes(views)) + self.geometry_embed(cell_geometry(views, background, size, out_size))
-        x = torch.where(mask[..., None], x, 0)
+        x = torch.where(mask[..., None], x, 0).float()  # the residual stream stays in fp32 under autocast
         for block in self.read_blocks:
             x = block(x, mask)
         return torch.where(mask[..., None], self.read_norm(x), 0), views
