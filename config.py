@@ -233,7 +233,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "agent.read_heads": 2,
         "agent.num_steps": 3,
         "agent.read_cells": 1024,
-        "data.batch_cells": 2048,
+        "data.batch_cells": 4096,
     },
     "small": {
         "agent.width": 192,

@@ -532,7 +532,8 @@ class ARCPromptGuidedAgent(nn.Module):
         slots = query.demo_index.clamp(min=0)
         known = query.demo_index >= 0
         batch = slots.shape[0]
-        k = keys[slots].reshape(batch, -1, keys.shape[-1])
+        # index_select: its gradient is added up in a fixed order on several threads
+        k = keys.index_select(0, slots.flatten()).reshape(batch, -1, keys.shape[-1])
         v = values[slots].reshape(batch, -1, values.shape[-1])
         allowed = (valid[slots] & known[..., None]).reshape(batch, -1)
         rate = match[slots]

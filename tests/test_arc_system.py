@@ -39,14 +39,6 @@ SMALL = {
 NUM_TASKS = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_system(seed=0, noise=0.0, **values) -> ARCSystem:
     """Return a small system in evaluation mode, its trainable parameters moved by `noise`."""
     torch.manual_seed(seed)

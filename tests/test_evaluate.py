@@ -31,14 +31,6 @@ KEYS = {"outputs", "exact", "accuracy", "cells_true", "cells_predicted", "cells_
 ALL_AT_ONCE = 10**9
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_system(seed=0, noise=0.0, **values) -> ARCSystem:
     """Return a small system; its trainable parameters are moved by `noise`, so that the prompt matters."""
     torch.manual_seed(seed)

@@ -40,14 +40,6 @@ PROMPT_DIM = 12
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_config(**values) -> AgentConfig:
     small = {"preset": "tiny", "width": 16, "read_blocks": 2, "plan_blocks": 1, "attention": "off", "read_heads": 2,
              "num_steps": 3, "read_cells": 100_000}  # fmt: skip
@@ -964,3 +956,23 @@ def test_plan_is_deterministic():
     query, answer = collate(contexts, answers)
     one, two = (plan(make_agent(), query, answer.target_size, answer.target.shape[-1]) for _ in range(2))
     assert torch.equal(one.forward, two.forward)
+
+
+def test_gradients_are_bit_equal_on_several_threads():
+    """A gradient that is added up with atomics, in any order, would make a resumed run differ."""
+    agent = make_agent()
+    contexts, answers = make_contexts([((24, 24), (24, 24))], demos=5)
+    query, answer = collate(contexts * 6, answers * 6)  # six queries read the same demonstrations
+    assert query.demo_input.shape[0] == 5
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(3):
+            agent.zero_grad()
+            plan = agent.read(query, answer.target_size, answer.target.shape[-1])
+            (plan.read_logits.square().sum() + plan.hidden.square().sum()).backward()
+            found.append([p.grad.clone() for p in agent.parameters() if p.grad is not None])
+    finally:
+        torch.set_num_threads(1)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
