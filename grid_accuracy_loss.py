@@ -360,7 +360,7 @@ class DemonstrationRead(nn.Module):
         self.query = nn.Linear(width, heads * self.head_dim, bias=False)
         self.key = nn.Linear(width, heads * self.head_dim, bias=False)
         self.null_key = nn.Parameter(torch.randn(heads, self.head_dim))
-        self.log_sharpness = nn.Parameter(torch.linspace(math.log(8.0), math.log(24.0), heads))
+        self.log_sharpness = nn.Parameter(math.log(8.0) + math.log(3.0) * torch.arange(heads) / max(heads - 1, 1))
         self.copy_power = nn.Parameter(torch.full((heads, 3), 2.0))
         self.gate = nn.Linear(width + 4, 2 * heads)
         nn.init.normal_(self.gate.weight, std=0.02)

@@ -177,14 +177,15 @@ def test_reverse_component_is_omitted_gated_and_weighted_by_its_reliability():
     rows = ([input_] * 3, [target] * 3, [input_] * 3)
     plain = score(*rows)
     agreement, reliability = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 1.0])
-    got = score(*rows, reverse_agreement=agreement, reverse_reliability=reliability)
+    config = RewardConfig(reward_reverse=0.5)
+    got = score(*rows, config, reverse_agreement=agreement, reverse_reliability=reliability)
     assert plain.reverse is None
     assert torch.equal(got.total[0], plain.total[0])  # unreliable: as if there were no backward planner
     assert torch.allclose(got.reverse, agreement * plain.accuracy)  # an identity-like backward pass earns accuracy only
     expected = (4 * plain.total + 0.5 * got.reverse) / 4.5
     assert torch.allclose(got.total[1:], expected[1:])
     assert got.total[2] < got.total[1] < 1
-    full = score([target], [target], [input_], reverse_agreement=torch.ones(1))
+    full = score([target], [target], [input_], config, reverse_agreement=torch.ones(1))
     assert full.total == 1 and full.reverse == 1
 
 
