@@ -53,8 +53,8 @@ class Trajectory:
     mask: Tensor
 
     def final(self) -> Tensor:
-        """Return the belief [B, H, W, C] of the last step. The halting head says how many were needed, it stops none:
-        answers taken where it fires had wrong cells that later steps mend (docs/LAB_NOTEBOOK.md)."""
+        """Return the belief [B, H, W, C] of the last step. The halting head says how many were needed; it stops none,
+        as TRM evaluates with its maximum number of steps (docs/LAB_NOTEBOOK.md)."""
         return self.forward[:, -1]
 
     def decode(self) -> Tensor:
