@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from arc_data import PAD, Answer, Query, canvas_side
 from config import ConfigError, TrainConfig
-from demo_prior import NUM_FEATURES, PriorCache
+from demo_prior import NUM_FEATURES
 from grid_accuracy_loss import ARCPromptGuidedAgent, Reading, Trajectory, cell_nats, with_backward
 from loss_function import EFELoss
 from policy_refined import PolicyRefinedAgent, PolicyTerms, Proposal
+from prior_cache import PriorCache
 from qwen_hybrid_prompt import Prompt, QwenHybridPrompt
 from reward_shaping import Potentials, cells_union, dense_reward, potentials, shaping_reward
 from solver2 import MemoryBuffer, MemoryReader, Recall, ZTable
@@ -156,7 +157,7 @@ class ARCSystem(nn.Module):
         self.memory_reader = MemoryReader(config.memory, prompt_dim) if config.memory.use_memory else None
         self.memory = MemoryBuffer(config.memory, feature_dim=NUM_FEATURES, prompt_dim=prompt_dim)
         self.z_table = ZTable(num_tasks)
-        self.prior = PriorCache()
+        self.prior = PriorCache(config.agent.prior_effort)
 
     @property
     def device(self) -> torch.device:

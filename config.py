@@ -56,6 +56,11 @@ class RunConfig:
     seed: int = setting(42, "seed of data order, augmentation, initial weights and sampling", low=0, high=2**63 - 1)
     out: str = setting("runs", "folder that holds the run folders")
     name: str = setting("", "name of the run folder; default arc_complete_YYYYMMDD_HHMMSS")
+    cache_dir: str = setting(
+        "",
+        "folder that keeps the demonstrations' priors from run to run;"
+        " default: $ARC_CACHE_DIR, else arc_efe in $XDG_CACHE_HOME or ~/.cache",
+    )
     save_every: int = setting(50, "batches between checkpoints; one is also written at each epoch's end", low=1)
     keep: int = setting(5, "checkpoints to keep; fewer when one exceeds 500 MB", low=2)
     log_every: int = setting(50, "batches between log lines; one is also written at each epoch's last batch", low=1)
@@ -121,6 +126,11 @@ class AgentConfig:
     read_cells: int = setting(0, "most demonstration cells that one query cell attends to; 0: by preset", low=0)
     kappa: float = setting(
         1.0, "initial trust in the demonstration prior: planning starts at kappa * log C; 0 switches it off", low=0
+    )
+    prior_effort: str = setting(
+        "standard",
+        "how long to think about the demonstration prior: standard, or full (several times slower)",
+        choices=("standard", "full"),
     )
     num_codes: int = setting(20, "latent codes S of the likelihood P(o|s)", low=10)
 
@@ -267,7 +277,7 @@ RESUME_FIXED = (
     "prompt.model", "prompt.revision", "prompt.train_llm", "prompt.max_prompt_tokens", "prompt.prompt_dim",
     "prompt.use_text", "prompt.use_control", "prompt.use_task_slot",
     "agent.preset", "agent.width", "agent.read_blocks", "agent.plan_blocks", "agent.attention", "agent.read_heads",
-    "agent.num_steps", "agent.tie_stages", "agent.num_codes",
+    "agent.num_steps", "agent.tie_stages", "agent.prior_effort", "agent.num_codes",
     "loss.mode", "policy.action_dim", "memory.use_memory", "memory.memory_capacity",
 )  # fmt: skip
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from arc_data import Answer, Context, Grid, Query, collate, evaluation_batches
 from arc_system import ARCSystem, Runtime, Scene, canvas_for
-from demo_prior import PriorCache
 from grid_accuracy_loss import cell_accuracy, cell_nats, exact_match
+from prior_cache import PriorCache
 from reward_shaping import cells_union
 
 Item = tuple[Context, Grid]

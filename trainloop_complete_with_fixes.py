@@ -27,6 +27,7 @@ import dataclasses
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,18 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from torch import Tensor
 
-from arc_data import PAD, Answer, DataError, Query, TaskSampler, data_hash, load_tasks, require_answers, select_tasks
+from arc_data import (
+    PAD,
+    Answer,
+    Context,
+    DataError,
+    Query,
+    TaskSampler,
+    data_hash,
+    load_tasks,
+    require_answers,
+    select_tasks,
+)
 from arc_data import test_contexts as test_items
 from arc_system import (
     ARCSystem,
@@ -96,11 +108,13 @@ from report import (
     check_writable,
     duration,
     environment,
+    file_size,
     full_summary,
 )
 from solver2 import Candidates
 
 MAX_BAD_STEPS = 20
+EPOCHS_AHEAD = 20  # epochs whose batches are looked at before training when --max-batches leaves some out
 
 
 class TrainingDiverged(RuntimeError):
@@ -305,7 +319,8 @@ class Run:
         return min(count, limit) if limit else count
 
     def close(self) -> None:
-        """Free the run folder and the signals."""
+        """Free the run folder, the priors' file and the signals."""
+        self.system.prior.close()
         self.log.close()
         self.lock.release()
         self.stop.release()
@@ -314,6 +329,10 @@ class Run:
         """Return True when --max-hours is over."""
         hours = self.config.run.max_hours
         return bool(hours) and time.monotonic() - self.started > hours * 3600
+
+    def is_over(self) -> bool:
+        """Return True when this session has to end: a signal came, or the time is over."""
+        return self.stop.signal is not None or self.out_of_time()
 
 
 def due(count: int, every: int, last: bool) -> bool:
@@ -371,7 +390,7 @@ def train_epoch(run: Run, epoch: int) -> int | None:
         bar.update()
         if logs:
             log_batch(run, update)
-        stopping = run.stop.signal is not None or run.out_of_time()
+        stopping = run.is_over()
         if due(state.batch, config.run.save_every, last) or stopping:
             save(run)
         if stopping:
@@ -495,6 +514,36 @@ def portable_config(config: TrainConfig) -> dict[str, Any]:
     return {**settings, "seed": config.run.seed}
 
 
+def prior_requests(run: Run) -> Iterator[tuple[Context, tuple[int, int] | None]]:
+    """Yield each input that training and validation will ask the prior about, with an output size (None: likeliest).
+
+    Without --max-batches an epoch holds every pair; with it epochs differ, and the next EPOCHS_AHEAD are looked at.
+    """
+    first, limit = run.state.epoch, run.config.run.max_batches
+    for epoch in range(first, min(first + EPOCHS_AHEAD, run.config.run.epochs) if limit else first + 1):
+        for k in range(run.batches(epoch)):
+            query, answer = run.sampler.batch(epoch, k)
+            yield from zip(query.contexts, answer.shapes, strict=True)
+    for context, answer in run.items:
+        yield context, None
+        yield context, answer.shape
+
+
+def prepare_priors(run: Run) -> None:
+    """Compute the priors that the run will use and that are not on the disk yet; a signal or --max-hours ends it."""
+    prior, console = run.system.prior, run.console
+    plan = prior.plan(prior_requests(run))
+    if not plan.missing:
+        return
+    began, place = time.monotonic(), f" in {prior.folder}" if prior.folder else ""
+    console.say(banner_line("priors", f"computing {plan.missing} inputs, {plan.found} found{place}"))
+    bar = console.progress(plan.missing, "Priors", leave=False, unit="pair")
+    count = prior.build(plan, tick=bar.update, stopping=run.is_over, note=console.note)
+    bar.close()
+    kept = f"{file_size(prior.store.size())}{place}" if prior.folder else "kept in memory only"
+    console.say(banner_line("priors", f"{count} inputs computed in {duration(time.monotonic() - began)}; {kept}"))
+
+
 # 4. Saving and resuming ----------------------------------------------------------------------------------------------
 
 
@@ -545,6 +594,13 @@ def end_session(run: Run) -> int:
     out = "" if run.config.run.out == "runs" else f" --out {run.config.run.out}"
     run.console.say(banner_line("continue", f"python {Path(__file__).name} --resume{out}"), always=True)
     return 128 + number if number else 0
+
+
+def end_before_training(run: Run) -> int:
+    """Save where the run stands, unless that is saved already, so that --resume goes on; return the exit code."""
+    if not run.store.path(run.state.step).exists():
+        save(run)
+    return end_session(run)
 
 
 # 5. The command line -------------------------------------------------------------------------------------------------
@@ -603,6 +659,7 @@ def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) 
     counts = f"{len(tasks)} tasks, {sampler.num_pairs} training pairs, {len(items)} unseen test pairs of the same tasks"
     console.say(banner_line("data", f"{config.data.data} {hashed[:7]}, {counts}"))
     system = ARCSystem(config, len(tasks)).to(runtime.device)
+    system.prior.open_disk(config.run.cache_dir, console.warn)
     revision = system.prompt_model.revision
     config = with_values(config, {"prompt.revision": revision})
     llm = sum(p.numel() for _, p in system.language_parameters())
@@ -689,7 +746,8 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
         return dry_run(run)
     began = time.monotonic()
     try:
-        code = train(run)
+        prepare_priors(run)
+        code = train(run) if run.stop.signal is None else end_before_training(run)
     except BaseException:
         folder.set_status("failed")
         raise

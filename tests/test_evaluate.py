@@ -16,9 +16,9 @@ from arc_data import PAD, Answer, Augmentation, Context, Query, collate, load_ta
 from arc_data import test_contexts as test_items
 from arc_system import ARCSystem, build_optimizers, choose_runtime
 from config import TrainConfig, resolve, with_values
-from demo_prior import PriorCache
 from evaluate import Prediction, Tally, baselines, judge, predict, validate
 from grid_accuracy_loss import Trajectory, cell_nats
+from prior_cache import PriorCache
 from solver2 import Candidates
 
 SMALL = {

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from arc_data import NUM_COLORS, PAD, Context, collate
 from config import AgentConfig, LossConfig, TrainConfig, resolve, with_values
-from demo_prior import PriorCache
 from grid_accuracy_loss import (
     BACKWARD,
     NUM_GEOMETRY,
@@ -35,6 +34,7 @@ from grid_accuracy_loss import (
     with_backward,
 )
 from loss_function import EFELoss
+from prior_cache import PriorCache
 
 PROMPT_DIM = 12
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}

@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "config": 0,
     "arc_data": 0,
+    "grid_hypotheses": 0,
     "demo_prior": 1,
+    "prior_store": 1,
+    "prior_cache": 1,
     "grid_accuracy_loss": 1,
     "qwen_hybrid_prompt": 1,
     "human_rl_agent": 1,
@@ -32,7 +35,14 @@ LAYERS = {
     "evaluate": 4,
     "trainloop_complete_with_fixes": 5,
 }
-WITHIN_LAYER = {("arc_data", "config"), ("qwen_hybrid_prompt", "demo_prior"), ("solver2", "demo_prior")}
+WITHIN_LAYER = {
+    ("arc_data", "config"),
+    ("prior_store", "demo_prior"),
+    ("prior_cache", "demo_prior"),
+    ("prior_cache", "prior_store"),
+    ("qwen_hybrid_prompt", "demo_prior"),
+    ("solver2", "demo_prior"),
+}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
@@ -107,6 +117,11 @@ def test_checker_sees_upward_sideward_lazy_and_guarded_imports(monkeypatch):
 def test_light_modules_import_the_standard_library_only(module, lazily):
     for name, lazy in imports(module):
         assert package(name) in sys.stdlib_module_names or (lazy and package(name) in lazily), name
+
+
+def test_prior_store_imports_only_what_a_worker_process_needs():
+    ours = {package(name) for name, _ in imports("prior_store")} - sys.stdlib_module_names
+    assert ours == {"numpy", "demo_prior"}
 
 
 def test_light_modules_load_without_torch_and_numpy():
