@@ -78,51 +78,41 @@ def background_color(grid: Grid) -> int:
 def label(grid: Grid, mask: np.ndarray, diagonal: bool, one_color: bool) -> tuple[np.ndarray, int]:
     """Return component numbers [H, W], from 1 in reading order of their first cells, 0 outside the mask; their count.
 
-    Unites runs of equal cells of neighbouring rows; cells of different colours stay apart with `one_color`.
+    Cells are 8-connected if `diagonal`, else 4-connected; with `one_color` different colours stay apart.
     """
-    height, width = grid.shape
-    stride = width + 1  # a last column outside the mask keeps the runs of two rows apart
-    values = np.full((height, stride), -1)
-    values[:, :width] = np.where(mask, grid if one_color else 0, -1)
-    flat = values.ravel()
-    bounds = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    starts = np.concatenate([[0], bounds])
-    lengths = np.diff(starts, append=flat.size)
-    inside = np.flatnonzero(flat[starts] >= 0)
-    colors, begin = flat[starts[inside]].tolist(), starts[inside].tolist()
-    end = (starts[inside] + lengths[inside]).tolist()
-    parent = _unite_runs(colors, begin, end, stride, int(diagonal))
-    numbers: dict[int, int] = {}
-    for run in range(len(parent)):
-        root = run
-        while parent[root] != root:
-            root = parent[root]
-        parent[run] = root
-        numbers.setdefault(root, len(numbers) + 1)
-    labels = np.zeros(len(starts), np.int64)
-    labels[inside] = [numbers[root] for root in parent]
-    return np.repeat(labels, lengths).reshape(height, stride)[:, :width], len(numbers)
+    cells = np.where(mask, grid if one_color else 0, -1)
+    index = np.arange(grid.size).reshape(grid.shape)
+    links = [_links(cells, index, pair) for pair in (_NEIGHBORS if diagonal else _NEIGHBORS[:2])]
+    a, b = (np.concatenate(ends) for ends in zip(*links, strict=True))
+    parent = index.ravel()
+    while True:  # roots of linked cells move to the lower one, then all cells to the root of their root
+        roots = parent[a], parent[b]
+        lower, moved = np.minimum(*roots), parent.copy()
+        np.minimum.at(moved, roots[0], lower)
+        np.minimum.at(moved, roots[1], lower)
+        moved = moved[moved]
+        moved = moved[moved]
+        if (moved == parent).all():
+            break
+        parent = moved
+    is_first = (parent == index.ravel()) & mask.ravel()
+    numbers = is_first.cumsum()
+    return np.where(mask, numbers[parent].reshape(grid.shape), 0), int(numbers[-1])
 
 
-def _unite_runs(colors: list[int], begin: list[int], end: list[int], stride: int, reach: int) -> list[int]:
-    """Return the parents of the runs; the root of a component is its first run."""
-    parent = list(range(len(begin)))
-    first = 0
-    for low in range(len(begin)):
-        start, stop = begin[low] - stride - reach, end[low] - stride + reach
-        while end[first] <= start:
-            first += 1
-        high = first
-        while high < low and begin[high] < stop:
-            if colors[high] == colors[low]:
-                a, b = high, low
-                while parent[a] != a:
-                    a = parent[a]
-                while parent[b] != b:
-                    b = parent[b]
-                parent[max(a, b)] = min(a, b)
-            high += 1
-    return parent
+_NEIGHBORS = (
+    (np.s_[1:, :], np.s_[:-1, :]),
+    (np.s_[:, 1:], np.s_[:, :-1]),
+    (np.s_[1:, 1:], np.s_[:-1, :-1]),
+    (np.s_[1:, :-1], np.s_[:-1, 1:]),
+)
+
+
+def _links(cells: Grid, index: np.ndarray, pair: tuple[Box, Box]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of neighbouring cells that are equal and not -1."""
+    here, there = pair
+    is_linked = (cells[here] == cells[there]) & (cells[here] >= 0)
+    return index[here][is_linked], index[there][is_linked]
 
 
 def neighbor_counts(mask: np.ndarray, diagonal: bool = True) -> np.ndarray:
@@ -343,7 +333,6 @@ class ObjectSet:
         at_border = np.zeros(self.count + 1, np.int64)
         for edge in (self.labels[0], self.labels[-1], self.labels[:, 0], self.labels[:, -1]):
             at_border[edge] = 1
-        at_border[0] = 0
         return at_border
 
     @cached_property
@@ -397,7 +386,6 @@ class Scene:
         self.background = background_color(self.grid)
         self.foreground = self.grid != self.background
         self._panels: dict[Shape, Panels | None] = {}
-        self._pairs: dict[tuple[int, bool], tuple[np.ndarray, np.ndarray]] = {}
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -610,12 +598,6 @@ def _is_tiling(scene: Scene, shape: Shape) -> bool:
     return shape != scene.shape and (shape[0] > scene.shape[0] or shape[1] > scene.shape[1])
 
 
-def _tile_lines(length: int, side: int, flipped: int) -> np.ndarray:
-    """Return the lines of the tiles along one axis; copies whose number is odd (0) or even (1) are flipped, -1 none."""
-    copy, line = np.divmod(np.arange(length), side)
-    return np.where(copy % 2 != flipped, line, side - 1 - line) if flipped >= 0 else line
-
-
 def tile(scene: Scene, shape: Shape) -> Grid | None:
     """Return copies of the grid, cut at the wanted shape."""
     if not _is_tiling(scene, shape):
@@ -627,8 +609,12 @@ def tile_mirrored(scene: Scene, shape: Shape, first: bool) -> Grid | None:
     """Return copies of which every other one is mirrored, the first too if `first`."""
     if not _is_tiling(scene, shape):
         return None
-    lines = [_tile_lines(length, side, int(not first)) for length, side in zip(shape, scene.shape, strict=True)]
-    return scene.grid[lines[0][:, None], lines[1]]
+    lines = []
+    for length, side in zip(shape, scene.shape, strict=True):
+        copy, line = np.divmod(np.arange(length), side)
+        is_flipped = copy % 2 == (0 if first else 1)
+        lines.append(np.where(is_flipped, side - 1 - line, line))
+    return scene.grid[np.ix_(*lines)]
 
 
 def tile_rows_mirrored(scene: Scene, shape: Shape) -> Grid | None:
@@ -636,8 +622,9 @@ def tile_rows_mirrored(scene: Scene, shape: Shape) -> Grid | None:
     if not _is_tiling(scene, shape):
         return None
     copy, row = np.divmod(np.arange(shape[0]), scene.shape[0])
-    column = _tile_lines(shape[1], scene.shape[1], -1)[None]
-    return scene.grid[row[:, None], np.where(copy[:, None] % 2 == 1, scene.shape[1] - 1 - column, column)]
+    column = np.arange(shape[1]) % scene.shape[1]
+    is_flipped = copy[:, None] % 2 == 1
+    return scene.grid[row[:, None], np.where(is_flipped, scene.shape[1] - 1 - column, column)]
 
 
 def tile_turned(scene: Scene, shape: Shape, turns: tuple[int, int, int]) -> Grid | None:
@@ -650,21 +637,34 @@ def tile_turned(scene: Scene, shape: Shape, turns: tuple[int, int, int]) -> Grid
     return np.block([[x, right], [below, across]])
 
 
-def tile_where(scene: Scene, shape: Shape, which: str) -> Grid | None:
-    """Return a copy of the grid for each cell of one kind, background for the others."""
+def _copies_where(scene: Scene, shape: Shape, mask: np.ndarray) -> Grid:
     height, width = scene.shape
-    if shape == scene.shape or shape != (height * height, width * width):
+    blocks = mask[np.arange(shape[0])[:, None] // height, np.arange(shape[1]) // width]
+    return np.where(blocks, tile(scene, shape), MARK)
+
+
+def _is_square(scene: Scene, shape: Shape) -> bool:
+    height, width = scene.shape
+    return shape != scene.shape and shape == (height * height, width * width)
+
+
+def tile_where(scene: Scene, shape: Shape, which: str) -> Grid | None:
+    """Return a copy of the grid in place of each cell of one kind, a mark elsewhere."""
+    if not _is_square(scene, shape):
         return None
-    mask = _cells_of_kind(scene, which)
-    copies = tile(scene, shape)
-    return np.where(np.kron(mask, np.ones(scene.shape, np.int64)) > 0, copies, scene.background)
-
-
-def _cells_of_kind(scene: Scene, which: str) -> np.ndarray:
     if which in ("foreground", "background"):
-        return scene.foreground if which == "foreground" else scene.ground
-    extreme = max if which == "most frequent" else min
-    return scene.grid == extreme(scene.reading_order, key=lambda color: scene.counts[color])
+        mask = scene.foreground if which == "foreground" else scene.ground
+    else:
+        extreme = max if which == "most frequent" else min
+        mask = scene.grid == extreme(scene.reading_order, key=lambda color: scene.counts[color])
+    return _copies_where(scene, shape, mask)
+
+
+def tile_where_color(scene: Scene, shape: Shape, color: int, inverse: bool) -> Grid | None:
+    """Return a copy of the grid in place of each cell of a colour (`inverse`: of other colours), a mark elsewhere."""
+    if not _is_square(scene, shape) or not scene.counts[color]:
+        return None
+    return _copies_where(scene, shape, (scene.grid == color) != inverse)
 
 
 # 4. Crops -------------------------------------------------------------------------------------------------------------
@@ -997,10 +997,10 @@ def column_colors(scene: Scene) -> Grid:
 
 
 @for_same_shape
-def uniform_lines(scene: Scene, axis: int) -> Grid:
-    """Return a mark on all cells of rows (axis 0) or columns (1) that have one colour, another on the rest."""
+def mark_uniform_lines(scene: Scene, axis: int) -> Grid:
+    """Return the grid with a mark on rows (axis 0) or columns (1) that have one colour."""
     first = scene.grid[:, :1] if axis == 0 else scene.grid[:1]
-    return np.broadcast_to(MARK + (scene.grid == first).all(1 - axis, keepdims=True).astype(np.int64), scene.shape)
+    return np.where((scene.grid == first).all(1 - axis, keepdims=True), MARK, scene.grid)
 
 
 @for_same_shape
@@ -1137,10 +1137,11 @@ def mark_symmetry(scene: Scene, objects: ObjectSet) -> Grid:
 
 
 @on_objects
-def mark_extremes(scene: Scene, objects: ObjectSet) -> Grid:
-    """Return the grid with the largest, the smallest and the other objects marked differently."""
+def mark_extremes(scene: Scene, objects: ObjectSet, most: bool) -> Grid:
+    """Return the grid with the largest or smallest objects marked."""
     sizes = objects.sizes
-    return _mark(scene, objects, (sizes == sizes.max()) + 2 * (sizes == sizes[1:].min()))
+    extreme = sizes.max() if most else sizes[1:].min()
+    return np.where(sizes[objects.labels] == extreme, MARK, scene.grid)
 
 
 @on_objects
@@ -1159,10 +1160,9 @@ def keep_largest(scene: Scene, objects: ObjectSet) -> Grid:
 def fill_boxes(scene: Scene, objects: ObjectSet) -> Grid:
     """Return the grid with the background in each object's box in the object's colour."""
     grid = scene.grid.copy()
-    for k, box in enumerate(objects.boxes, 1):
-        if objects.sizes[k] > 1:
-            part = grid[box]
-            part[part == scene.background] = objects.colors[k]
+    for color, box in zip(objects.colors[1:], objects.boxes, strict=True):
+        part = grid[box]
+        part[part == scene.background] = color
     return grid
 
 
@@ -1246,6 +1246,8 @@ def _geometry_layers() -> Iterator[Layer]:
     })  # fmt: skip
     kinds = ("foreground", "background", "most frequent", "rarest")
     yield from _layers("kronecker", tile_where, {f"copy at each {kind} cell": {"which": kind} for kind in kinds})
+    yield from _per_color("kronecker", tile_where_color, "copy at each cell of colour {}", inverse=False)
+    yield from _per_color("kronecker", tile_where_color, "copy at each cell but of colour {}", inverse=True)
 
 
 def _crop_layers() -> Iterator[Layer]:
@@ -1256,7 +1258,7 @@ def _crop_layers() -> Iterator[Layer]:
     yield Layer("crop to the foreground, mirrored", "foreground", crop_foreground_mirrored)
     yield from _per_color("box", crop_color, "crop to the box of colour {}", margin=0)
     yield from _per_color("box", crop_color, "crop inside the box of colour {}", margin=1)
-    yield from _layers("rank", crop_ranked_color, {
+    yield from _layers("frequency", crop_ranked_color, {
         "crop to the box of the rarest colour": {"rank": -1, "margin": 0},
         "crop inside the box of the rarest colour": {"rank": -1, "margin": 1},
         "crop to the box of the most frequent colour": {"rank": 0, "margin": 0},
@@ -1276,9 +1278,9 @@ def _crop_layers() -> Iterator[Layer]:
 def _summary_layers() -> Iterator[Layer]:
     for noun, trait in TRAITS.items():
         for amount, most in (("most", True), ("least", False)):
-            yield from _per_kind("object", crop_object, f"crop to the {{}} with {amount} {noun}", trait=trait, most=most)
-            yield from _per_kind("hue", color_of_object, f"colour of the {{}} with {amount} {noun}", trait=trait,
-                                 most=most)  # fmt: skip
+            choice = {"trait": trait, "most": most}
+            yield from _per_kind("object", crop_object, f"crop to the {{}} with {amount} {noun}", **choice)
+            yield from _per_kind("hue", color_of_object, f"colour of the {{}} with {amount} {noun}", **choice)
     yield from _per_kind("count", count_objects, "number of {}s")
     yield from _per_kind("tally", tally_objects, "tally of {}s")
     yield from _layers("palette", list_colors, {
@@ -1328,8 +1330,9 @@ def _whole_grid_layers() -> Iterator[Layer]:
     yield Layer("swap background and foreground", "swap", swap_background)
     yield Layer("rows in their colours", "line", row_colors)
     yield Layer("columns in their colours", "line", column_colors)
-    yield from _layers("uniform", uniform_lines, {"one-colour rows": {"axis": 0}, "one-colour columns": {"axis": 1}})
-    yield from _layers("linecount", line_counts, {"cells in each row": {"axis": 0}, "cells in each column": {"axis": 1}})
+    for axis, lines in enumerate(("row", "column")):
+        yield Layer(f"mark one-colour {lines}s", "uniform", partial(mark_uniform_lines, axis=axis))
+        yield Layer(f"cells in each {lines}", "linecount", partial(line_counts, axis=axis))
     yield Layer("rings", "rings", rings)
 
 
@@ -1358,7 +1361,8 @@ def _cell_layers() -> Iterator[Layer]:
 def _object_layers() -> Iterator[Layer]:
     yield from _per_kind("size", mark_trait, "size of each {}", trait="sizes")
     yield from _per_kind("rank", mark_trait, "size rank of each {}", trait="ranks")
-    yield from _per_kind("extremes", mark_extremes, "largest and smallest {}")
+    yield from _per_kind("extremes", mark_extremes, "mark the largest {}", most=True)
+    yield from _per_kind("extremes", mark_extremes, "mark the smallest {}", most=False)
     yield from _per_kind("holes", mark_trait, "holes of each {}", trait="holes")
     yield from _per_kind("holes", mark_hole_parity, "hole parity of each {}")
     yield from _per_kind("likeness", mark_trait, "copies of each {}", trait="shape_repeats")
