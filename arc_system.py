@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from arc_data import PAD, Answer, Query, canvas_side
 from config import ConfigError, TrainConfig
-from demo_prior import NUM_FEATURES
 from grid_accuracy_loss import ARCPromptGuidedAgent, Reading, Trajectory, cell_nats, with_backward
 from loss_function import EFELoss
 from policy_refined import PolicyRefinedAgent, PolicyTerms, Proposal
@@ -25,6 +24,7 @@ from prior_cache import PriorCache
 from qwen_hybrid_prompt import Prompt, QwenHybridPrompt
 from reward_shaping import Potentials, cells_union, dense_reward, potentials, shaping_reward
 from solver2 import MemoryBuffer, MemoryReader, Recall, ZTable
+from task_features import NUM_FEATURES
 
 CONTROL_DIM = 32
 

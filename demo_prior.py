@@ -1,46 +1,60 @@
-"""The preference C: what the demonstrations of a task alone say about the output's colours and size.
+"""The preference C: what the demonstrations of a task alone say about the colours of an output of a given shape.
 
-Pure numpy functions of (demonstrations, test input, shape), never of an answer, and a cache that serves batches as
-tensors. Imports arc_data, numpy and torch; used by the prompt, the planner's start, the loss, memory and evaluation.
+A Bayesian mixture of voices: hypotheses of the bank, each followed by a colour map; tables of what surrounds a cell; a
+tree that chooses between hypotheses cell by cell; all of them again for rewritten tasks. What a voice weighs is its
+evidence: how well it predicts each demonstration from the others. Imports numpy and the modules of hypotheses; used by
+prior_store, prior_cache and benchmarks/prior.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from arc_data import MAX_SIDE, NUM_COLORS, Context, Grid, Query
+from cell_features import experts, features, keys
+from expert_tree import Cells, bagged_left_out, predict_left_out
+from grid_hypotheses import LAYERS, NUM_COLORS, NUM_SYMBOLS, Grid, Layer, Scene, Shape
+from size_hypotheses import size_prior, size_rule
+from task_rewrites import Rewrite, ranked_colors, replaced_inputs, turned_alike
+
+__all__ = ["EFFORTS", "Demonstrations", "Grid", "Preference", "Shape", "demo_prior", "size_prior", "size_rule"]
 
 Demonstrations = Sequence[tuple[Grid, Grid]]
-Shape = tuple[int, int]
 
-NUM_FEATURES = 32
-FLOOR = 0.05  # uniform share of every cell's distribution
-HIST_SMOOTHING = 0.1  # alpha added to each colour of the summed histograms
-INPUT_SHARE = 0.4  # mu, weight of the test input's colours in the histogram
-MAP_BACKOFF = 5.0  # kappa of the colour map, in cells
-POSITION_WEIGHT = 0.3  # share of the position counts where a demonstration has the wanted size
-POSITION_BACKOFF = 3.0  # kappa of the position counts, in demonstrations
-RULE_WEIGHT = 0.9  # probability of the size that the first applicable rule gives
-GUESS_WEIGHT = 0.5  # probability of the best size when no rule applies
-SIZE_FLOOR = 1e-4  # least marginal probability of a side
+EFFORTS = ("standard", "full")
+MAX_DEMONSTRATIONS = 16  # those after them are left out
+EVIDENCE_FLOOR = 1e-3  # uniform share of every voice when it is judged
+HISTOGRAM_SMOOTHING = 0.1  # added to each colour of the summed histograms
+INPUT_SHARE = 0.4  # weight of the input's own colours in the histogram
+BACKOFF = 0.5  # weight of what counts back off to, in cells
+MAX_READINGS = 40
+LAYER_VOICES = 8  # best layers that speak for themselves
+PAIRED_LAYERS = 6  # best layers whose pairs speak
+TREE_LAYERS = 16
+LAYERS_PER_FAMILY = 2
+TREE_CELLS = 150  # a demonstration with more cells weighs no more than this many
+TREE_SAMPLE = 200  # cells of a demonstration that keep their colour, and that change it, which a tree looks at
+LOCAL_PRIOR = -0.5  # log prior of experts that are not layers
+EXPLAINED = 0.005  # nats per cell below which no rewriting is tried
+LARGE = 3000  # known cells beyond which the effort is always standard, so that the time is bounded
+COMPOSED = 3  # rewritten inputs that are followed up, of all that apply
+COMPOSED_PRIOR = -2.0
+EYE = np.eye(NUM_COLORS)
 
 
 @dataclass(frozen=True, eq=False)
 class Preference:
     """C for one input at one output shape.
 
-    log_prob float32 [h, w, 10], normalised, every probability >= FLOOR / 10; confidence in [0, 1], the geometric mean
-    probability of the demonstrations' cells, each demonstration predicted from the others (0 with fewer than two);
-    candidates (grid, weight, name), best first, all different, weights sum to 1.
+    log_prob float32 [h, w, 10], normalised, no probability below 0.0005; confidence in [0, 1]: the probability that the
+    first candidate is right, as calibrated on tasks with known answers; candidates (grid uint8, weight, name), best
+    first, all different, weights sum to 1.
     """
 
     log_prob: np.ndarray
@@ -48,418 +62,462 @@ class Preference:
     candidates: list[tuple[Grid, float, str]]
 
 
-# 1. Colours ---------------------------------------------------------------------------------------------------------
+def demo_prior(
+    demonstrations: Demonstrations, test_input: Grid, shape: Shape, *, effort: str = "standard"
+) -> Preference:
+    """Return the preference for the output of `test_input` at `shape`; effort "full" thinks several times longer.
 
-
-def demo_prior(demonstrations: Demonstrations, test_input: Grid, shape: Shape) -> Preference:
-    """Return the preference for the output of `test_input` at `shape`.
-
-    Histogram of the demonstration outputs mixed with the colours of the test input; where all sizes agree, colour map
-    counts that back off to copy rate and histogram; where a demonstration has the wanted size, its position counts.
-    Shapes: [h, w] grids -> log_prob [h, w, 10].
+    Shapes: [h, w] grids -> log_prob [h, w, 10].  Raises: ValueError for another effort.
     """
-    count = len(demonstrations)
-    histogram = _histograms(demonstrations, test_input)
-    is_map = count > 0 and all(a.shape == b.shape for a, b in demonstrations)
-    table = _color_tables(demonstrations, histogram) if is_map else None
-    if table is not None and tuple(shape) == test_input.shape:
-        prob = table[-1][test_input]
-        name = "colour map"
-    else:
-        prob = np.broadcast_to(histogram[-1], (*shape, NUM_COLORS))
-        name = "most common colour"
-    same_shape = [b for _, b in demonstrations if b.shape == tuple(shape)]
-    if same_shape:
-        seen = sum(_EYE[b] for b in same_shape)
-        prob = _with_positions(prob, seen, len(same_shape))
-        name = name if table is not None else "position counts"
-    prob = (1 - FLOOR) * prob + FLOOR / NUM_COLORS
-    log_prob = np.log(prob / prob.sum(-1, keepdims=True))
-    confidence = math.exp(_leave_one_out(demonstrations, histogram, table)) if count > 1 else 0.0
-    candidates = _candidates(log_prob, test_input, histogram[-1], name)
-    return Preference(log_prob.astype(np.float32), confidence, candidates)
+    if effort not in EFFORTS:
+        raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
+    shape = int(shape[0]), int(shape[1])
+    voices = all_voices(tuple(demonstrations[:MAX_DEMONSTRATIONS]), test_input, shape, effort)
+    return _mix(voices, len(demonstrations), shape)
 
 
-_EYE = np.eye(NUM_COLORS)
+# 1. The cells of a task -----------------------------------------------------------------------------------------------
+
+
+class Sheet:
+    """One grid at one output shape: its scene, the layers that apply and what they lead to, computed when asked."""
+
+    def __init__(self, grid: Grid, shape: Shape):
+        self.scene, self.shape = Scene(grid), shape
+        self._layers: dict[str, np.ndarray | None] = {}
+
+    def read(self, layer: Layer) -> np.ndarray | None:
+        """Return the layer's symbols, flat, None where it does not apply."""
+        if layer.name not in self._layers:
+            found = layer.function(self.scene, self.shape)
+            self._layers[layer.name] = None if found is None else found.astype(np.uint8).ravel()
+        return self._layers[layer.name]
+
+    @cached_property
+    def keys(self) -> dict[str, np.ndarray]:
+        """The function keys of the scene."""
+        return keys(self.scene)
+
+
+@lru_cache(maxsize=256)
+def _cached_sheet(data: bytes, rows: int, columns: int, shape: Shape) -> Sheet:
+    return Sheet(np.frombuffer(data, np.uint8).reshape(rows, columns), shape)
+
+
+def _sheet(grid: Grid, shape: Shape) -> Sheet:
+    """Return the sheet of a grid; the tasks of one pair after another share most of their grids."""
+    return _cached_sheet(np.ascontiguousarray(grid, np.uint8).tobytes(), *grid.shape, shape)
+
+
+class Problem:
+    """The output cells of a task in a row: those of the demonstrations, whose colours are known, then the wanted ones.
+
+    Groups 0..D-1 are the demonstrations, group D is the test. What is said about a group comes from the others.
+    """
+
+    def __init__(self, demonstrations: Demonstrations, test_input: Grid, shape: Shape):
+        self.count = len(demonstrations)
+        self.answers = [b for _, b in demonstrations]
+        self.shapes = [*(b.shape for b in self.answers), shape]
+        inputs = [*(a for a, _ in demonstrations), test_input]
+        self.sheets = [_sheet(grid, s) for grid, s in zip(inputs, self.shapes, strict=True)]
+        sizes = [math.prod(s) for s in self.shapes]
+        self.starts = np.concatenate([[0], np.cumsum(sizes)])
+        self.num_known = int(self.starts[-2])
+        self.group = np.repeat(np.arange(self.count + 1), sizes)
+        self.known = self.group[: self.num_known]
+        self.colors = np.concatenate([np.zeros(0, np.int64), *(b.ravel() for b in self.answers)]).astype(np.int64)
+
+    @cached_property
+    def histogram(self) -> np.ndarray:
+        """Colours to expect in each group [D + 1, 10]: those of the other outputs and of the group's own input."""
+        shares = np.array([_counts(b) / b.size for b in self.answers]).reshape(-1, NUM_COLORS)
+        inputs = np.array([sheet.scene.counts / sheet.scene.grid.size for sheet in self.sheets])
+        total = shares.sum(0, keepdims=True)
+        rest = np.concatenate([total - shares, total]) + HISTOGRAM_SMOOTHING
+        return (1 - INPUT_SHARE) * rest / rest.sum(1, keepdims=True) + INPUT_SHARE * inputs
+
+    @cached_property
+    def palette(self) -> np.ndarray:
+        """The colours of all grids, in order of their first appearance."""
+        grids = [*(sheet.scene.grid.ravel() for sheet in self.sheets), self.colors]
+        return np.array(list(dict.fromkeys(np.concatenate(grids).tolist())))
+
+    def split(self, flat: np.ndarray) -> list[np.ndarray]:
+        """Return the grids, one for each group, whose cells are `flat`."""
+        ends = zip(self.starts[:-1], self.starts[1:], self.shapes, strict=True)
+        return [flat[a:b].reshape(shape) for a, b, shape in ends]
+
+    def voice(self, name: str, prob: np.ndarray) -> Voice:
+        """Return the voice that gives all cells the probabilities [N + n, 10]."""
+        return self.judged(name, prob[np.arange(self.num_known), self.colors], prob[self.num_known :])
+
+    def judged(self, name: str, right: np.ndarray, prob: np.ndarray) -> Voice:
+        """Return a voice: probabilities `right` [N] of the known colours, and `prob` [n, 10] of the test's cells."""
+        evidence = float(np.log((1 - EVIDENCE_FLOOR) * right + EVIDENCE_FLOOR / NUM_COLORS).sum())
+        return Voice(name, evidence, prob, self.num_known)
+
+
+class Voice(NamedTuple):
+    """What one hypothesis says: log-likelihood of the `cells` known ones, each predicted from the other groups, and
+    probabilities [n, 10] of the test's cells. The kind decides its prior."""
+
+    name: str
+    evidence: float
+    prob: np.ndarray
+    cells: int
+    kind: str = ""
 
 
 def _counts(grid: Grid) -> np.ndarray:
     return np.bincount(grid.ravel(), minlength=NUM_COLORS)
 
 
-def _histograms(demonstrations: Demonstrations, test_input: Grid) -> np.ndarray:
-    """Return colour distributions [D + 1, 10]: row i without demonstration i (its input as test input), then all."""
-    shares = np.array([_counts(b) / b.size for _, b in demonstrations]).reshape(-1, NUM_COLORS)
-    inputs = np.array([_counts(x) / x.size for x in (*(a for a, _ in demonstrations), test_input)])
-    total = shares.sum(0, keepdims=True)
-    rest = np.concatenate([total - shares, total]) + HIST_SMOOTHING
-    return (1 - INPUT_SHARE) * rest / rest.sum(1, keepdims=True) + INPUT_SHARE * inputs
+# 2. Layers and their colour maps --------------------------------------------------------------------------------------
 
 
-def _color_tables(demonstrations: Demonstrations, histogram: np.ndarray) -> np.ndarray:
-    """Return p(c_out | c_in) [D + 1, 10, 10]: table i without demonstration i, then the one of all."""
-    code = np.concatenate([(i * 100 + a.astype(np.int64) * 10 + b).ravel() for i, (a, b) in enumerate(demonstrations)])
-    own = np.bincount(code, minlength=len(demonstrations) * 100).reshape(-1, NUM_COLORS, NUM_COLORS)
-    total = own.sum(0, keepdims=True)
-    counts = np.concatenate([total - own, total])
-    cells = counts.sum((1, 2))
-    copied = np.trace(counts, axis1=1, axis2=2) / np.maximum(cells, 1)  # rho: share of cells that keep their colour
-    rate = copied[:, None, None]
-    backoff = rate * _EYE + (1 - rate) * histogram[:, None, :]
-    return (counts + MAP_BACKOFF * backoff) / (counts.sum(2, keepdims=True) + MAP_BACKOFF)
+class Reading(NamedTuple):
+    """A layer read on all grids: symbols [N + n], its colour maps [D + 1, 32, 10], and its evidence."""
+
+    layer: Layer
+    symbols: np.ndarray
+    table: np.ndarray
+    evidence: float
+
+    def prob(self, problem: Problem) -> np.ndarray:
+        """Return the probabilities [N + n, 10] of all cells."""
+        return self.table[problem.group, self.symbols]
 
 
-def _with_positions(prob: np.ndarray, seen: np.ndarray, count: int) -> np.ndarray:
-    """Return `prob` mixed with position counts `seen` out of `count` demonstrations, which back off to `prob`."""
-    counted = (seen + POSITION_BACKOFF * prob) / (count + POSITION_BACKOFF)
-    return (1 - POSITION_WEIGHT) * prob + POSITION_WEIGHT * counted
-
-
-def _leave_one_out(demonstrations: Demonstrations, histogram: np.ndarray, table: np.ndarray | None) -> float:
-    """Return the mean over demonstrations of the nats per cell when each is predicted from the others, <= 0."""
-    groups: dict[Shape, list[int]] = {}
-    for i, (_, output) in enumerate(demonstrations):
-        groups.setdefault(output.shape, []).append(i)
-    total = 0.0
-    for members in groups.values():
-        outputs = np.stack([demonstrations[i][1] for i in members])
-        rows = np.array(members)[:, None, None]
-        if table is None:
-            prob = histogram[rows, outputs]
-        else:
-            prob = table[rows, np.stack([demonstrations[i][0] for i in members]), outputs]
-        if len(members) > 1:
-            agree = (outputs[:, None] == outputs[None]).sum(1) - 1
-            prob = _with_positions(prob, agree, len(members) - 1)
-        total += float(np.log((1 - FLOOR) * prob + FLOOR / NUM_COLORS).mean((1, 2)).sum())
-    return total / len(demonstrations)
-
-
-def _candidates(
-    log_prob: np.ndarray, test_input: Grid, histogram: np.ndarray, name: str
-) -> list[tuple[Grid, float, str]]:
-    """Return at least two different grids, weighted by their geometric mean probability per cell."""
-    shape = log_prob.shape[:2]
-    best = log_prob.argmax(-1)
-    order = np.argpartition(log_prob, NUM_COLORS - 2, axis=-1)  # the last is the largest, the one before the second
-    top = np.take_along_axis(log_prob, order[..., -2:], -1)
-    margin = top[..., 1] - top[..., 0]
-    second = np.where(order[..., -1] == best, order[..., -2], order[..., -1])
-    # the runner-up changes the cells that are least sure, all at once where the colour map ties them
-    changed = margin <= margin.min() + 1e-9
-    proposals = [(best, name), (np.where(changed, second, best), "runner-up")]
-    if test_input.shape == shape:
-        proposals.append((test_input, "copy input"))
-    proposals.append((np.full(shape, histogram.argmax()), "most common colour"))
-    found: dict[bytes, tuple[Grid, float, str]] = {}
-    for grid, label in proposals:
-        grid = grid.astype(np.uint8)
-        key = grid.tobytes()
-        if key in found:
-            if found[key][2] == "runner-up":
-                found[key] = (*found[key][:2], label)
-            continue
-        score = math.exp(float(np.take_along_axis(log_prob, grid[..., None].astype(np.intp), -1).mean()))
-        found[key] = (grid, score, label)
-    total = sum(score for _, score, _ in found.values())
-    ranked = sorted(found.values(), key=lambda item: -item[1])  # stable: proposals keep their order in ties
-    return [(grid, score / total, label) for grid, score, label in ranked]
-
-
-# 2. Size ------------------------------------------------------------------------------------------------------------
-
-
-def size_rule(demonstrations: Demonstrations, test_input: Grid) -> tuple[str, Shape | None]:
-    """Return the first rule that all demonstrations obey and the size it gives: ("none", None) if there is none.
-
-    Rules in order: "same" as the input, constant "ratio" per axis (integer or fraction, giving whole sides up to 30),
-    "constant" output size.
-    """
-    for name, shape in _rule_sizes(demonstrations, test_input):
-        return name, shape
-    return "none", None
-
-
-def _rule_sizes(demonstrations: Demonstrations, test_input: Grid) -> list[tuple[str, Shape]]:
-    """Return (rule, size) of every rule that applies, in the cascade's order."""
-    if not demonstrations:
-        return []
-    found: list[tuple[str, Shape]] = []
-    height, width = test_input.shape
-    if all(a.shape == b.shape for a, b in demonstrations):
-        found.append(("same", (height, width)))
-    else:
-        ratios = {(Fraction(b.shape[0], a.shape[0]), Fraction(b.shape[1], a.shape[1])) for a, b in demonstrations}
-        if len(ratios) == 1:
-            rows, columns = next(iter(ratios))
-            rows, columns = rows * height, columns * width
-            if rows.denominator == columns.denominator == 1 and max(rows, columns) <= MAX_SIDE:
-                found.append(("ratio", (int(rows), int(columns))))
-    if len({b.shape for _, b in demonstrations}) == 1:
-        found.append(("constant", demonstrations[0][1].shape))
-    return found
-
-
-def size_prior(demonstrations: Demonstrations, test_input: Grid) -> list[tuple[Shape, float]]:
-    """Return ((h, w), probability) best first, different sizes, probabilities sum to 1.
-
-    The first applicable rule gets RULE_WEIGHT; the rest is shared by the other rules, the demonstrations' output sizes
-    by frequency, and the input's own size. Without a rule the most frequent of those gets GUESS_WEIGHT.
-    """
-    rules = [shape for _, shape in _rule_sizes(demonstrations, test_input)]
-    votes: Counter[Shape] = Counter()
-    for _, output in demonstrations:
-        votes[output.shape] += 1
-    if not rules:  # a repeated output size beats the input's size, which beats sizes seen once
-        repeated = votes and max(votes.values()) > 1
-        votes[test_input.shape] += 0.5 if repeated else 1.5
-    else:
-        votes[test_input.shape] += 0.5
-    for shape in rules[1:]:
-        votes[shape] += 2.0
-    winner = rules[0] if rules else max(votes, key=votes.__getitem__)  # ties: the first seen
-    del votes[winner]
-    if not votes:
-        return [(winner, 1.0)]
-    weight, total = (RULE_WEIGHT if rules else GUESS_WEIGHT), sum(votes.values())
-    rest = [(shape, (1 - weight) * vote / total) for shape, vote in votes.items()]
-    return [(winner, weight), *sorted(rest, key=lambda item: -item[1])]
-
-
-def _side_marginals(sizes: Sequence[tuple[Shape, float]]) -> np.ndarray:
-    """Return log-probabilities [2, 30] of the number of rows and of columns, 1..30, floored at SIZE_FLOOR."""
-    marginals = np.zeros((2, MAX_SIDE))
-    for (height, width), probability in sizes:
-        marginals[0, height - 1] += probability
-        marginals[1, width - 1] += probability
-    return np.log((1 - MAX_SIDE * SIZE_FLOOR) * marginals + SIZE_FLOOR).astype(np.float32)
-
-
-# 3. Numbers that describe a task ------------------------------------------------------------------------------------
-
-
-def canonical_colors(demonstrations: Demonstrations, test_input: Grid) -> np.ndarray:
-    """Return canonical int64 [10]: the rank of each colour by its count in all visible grids, 0 the most frequent.
-
-    Ties go to the lower colour.
-    """
-    counts = _counts(test_input) + sum(_counts(grid) for pair in demonstrations for grid in pair)
-    canonical = np.empty(NUM_COLORS, np.int64)
-    canonical[np.argsort(-counts, kind="stable")] = np.arange(NUM_COLORS)
-    return canonical
-
-
-def color_map(demonstrations: Demonstrations, canonical: np.ndarray) -> np.ndarray:
-    """Return p(c_out | c_in) float32 [10, 10] in canonical colours, counted on same-size demonstrations.
-
-    Rows of colours that no such demonstration holds are uniform.
-    """
-    counts = np.zeros((NUM_COLORS, NUM_COLORS))
-    for a, b in demonstrations:
-        if a.shape == b.shape:
-            code = canonical[a] * NUM_COLORS + canonical[b]
-            counts += np.bincount(code.ravel(), minlength=NUM_COLORS**2).reshape(NUM_COLORS, NUM_COLORS)
-    total = counts.sum(1, keepdims=True)
-    return np.where(total > 0, counts / np.maximum(total, 1), 1 / NUM_COLORS).astype(np.float32)
-
-
-def context_features(demonstrations: Demonstrations, test_input: Grid) -> np.ndarray:
-    """Return float32 [NUM_FEATURES] in [-1, 1], invariant under dihedral transforms and colour renaming.
-
-    Sizes and ratios (0-15), colours (16-23), what is kept (24-27), symmetries (28-31); see the helpers.
-    """
-    values = [
-        *_size_features(demonstrations, test_input),
-        *_color_features(demonstrations, test_input),
-        *_change_features(demonstrations),
-        *_symmetry_features(demonstrations, test_input),
-    ]
-    assert len(values) == NUM_FEATURES, len(values)
-    return np.clip(np.array(values, np.float64), -1, 1).astype(np.float32)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if len(values) else 0.0
-
-
-def _spread(values: Sequence[float]) -> float:
-    mean = _mean(values)
-    return math.sqrt(_mean([(value - mean) ** 2 for value in values]))
-
-
-def _size_features(demonstrations: Demonstrations, test_input: Grid) -> list[float]:
-    shapes = [(a.shape, b.shape) for a, b in demonstrations]
-    rule, shape = size_rule(demonstrations, test_input)
-    logs = [(math.log(b[0] / a[0]), math.log(b[1] / a[1])) for a, b in shapes]
-    area = [(r + c) / (2 * math.log(MAX_SIDE)) for r, c in logs]
-    cells, side = float(MAX_SIDE**2), math.log(MAX_SIDE)
-    return [
-        min(len(demonstrations), 10) / 10,
-        _mean([a == b for a, b in shapes]),
-        float(rule == "same"),
-        float(rule == "ratio"),
-        float(rule == "constant"),
-        _mean(area),
-        _spread(area),
-        _mean([max(pair) for pair in logs]) / side,
-        _mean([min(pair) for pair in logs]) / side,
-        _mean([a == b[::-1] for a, b in shapes]),
-        _mean([a[0] * a[1] for a, _ in shapes]) / cells,
-        _mean([b[0] * b[1] for _, b in shapes]) / cells,
-        test_input.size / cells,
-        (shape[0] * shape[1] / cells) if shape else 0.0,
-        abs(math.log(test_input.shape[0] / test_input.shape[1])) / side,
-        _mean([b[0] == b[1] for _, b in shapes]),
-    ]
-
-
-def _color_features(demonstrations: Demonstrations, test_input: Grid) -> list[float]:
-    pairs = [(_counts(a), _counts(b)) for a, b in demonstrations]
-    test = _counts(test_input) > 0
-    sets = [(a > 0, b > 0) for a, b in pairs]
-    new = [b & ~a for a, b in sets]
-    union = np.any(new, axis=0) if new else np.zeros(NUM_COLORS, bool)
-    common = np.all(new, axis=0) if new else union
-    return [
-        _mean([float(a.sum()) for a, _ in sets]) / NUM_COLORS,
-        _mean([float(b.sum()) for _, b in sets]) / NUM_COLORS,
-        float(test.sum()) / NUM_COLORS,
-        _mean([float(n.any()) for n in new]),
-        float(common.sum()) / max(1.0, float(union.sum())),
-        _mean([float((a & test).sum() / (a | test).sum()) for a, _ in sets]),
-        _mean([float(a.max() / a.sum()) for a, _ in pairs]),
-        _mean([float(b.max() / b.sum()) for _, b in pairs]),
-    ]
-
-
-def _change_features(demonstrations: Demonstrations) -> list[float]:
-    """Return copy rate and its spread, share of changed cells that were the most common colour, determinism."""
-    kept, ground, counts = [], [], np.zeros((NUM_COLORS, NUM_COLORS))
-    for a, b in demonstrations:
-        if a.shape != b.shape:
-            continue
-        own = np.bincount((a.astype(np.int64) * 10 + b).ravel(), minlength=100).reshape(NUM_COLORS, NUM_COLORS)
-        stays, rows = np.diag(own), own.sum(1)
-        kept.append(float(stays.sum() / a.size))
-        leaves = a.size - stays.sum()
-        largest = rows == rows.max()  # several colours in a tie, so that renaming changes nothing
-        ground.append(float((rows - stays)[largest].mean() / leaves) if leaves else 0.0)
-        counts += own
-    determinism = float(counts.max(1).sum() / counts.sum()) if kept else 0.0
-    return [_mean(kept), 2 * _spread(kept), _mean(ground), determinism]
-
-
-def _symmetry_features(demonstrations: Demonstrations, test_input: Grid) -> list[float]:
-    """Return rates of mirror symmetry (any axis) of inputs, outputs and test input, and of outputs' half-turns."""
-    return [
-        _mean([_is_mirrored(a) for a, _ in demonstrations]),
-        _mean([_is_mirrored(b) for _, b in demonstrations]),
-        float(_is_mirrored(test_input)),
-        _mean([bool((b == b[::-1, ::-1]).all()) for _, b in demonstrations]),
-    ]
-
-
-def _is_mirrored(grid: Grid) -> bool:
-    if (grid == grid[::-1]).all() or (grid == grid[:, ::-1]).all():
-        return True
-    return grid.shape[0] == grid.shape[1] and bool((grid == grid.T).all() or (grid == grid[::-1, ::-1].T).all())
-
-
-# 4. Cache and batches -----------------------------------------------------------------------------------------------
-
-
-class PriorCache:
-    """Preferences, sizes and features of contexts, computed once in the unaugmented frame and transformed on demand.
-
-    A context is known by its key (task id, pair id), so one cache serves one data set. The least recently used entries
-    go first once there are more than `max_entries`.
-    """
-
-    def __init__(self, max_entries: int = 16384):
-        self.max_entries = max_entries
-        self._entries: OrderedDict[tuple, Any] = OrderedDict()
-
-    def _get(self, key: tuple, compute: Callable[[], Any]) -> Any:
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key]
-        value = self._entries[key] = compute()
-        while len(self._entries) > self.max_entries:
-            self._entries.popitem(last=False)
-        return value
-
-    def _preference(self, context: Context, shape: Shape) -> Preference:
-        """Return the unaugmented preference for the augmented `shape`."""
-        plain = context.augmentation.apply_shape((int(shape[0]), int(shape[1])))
-        return self._get(
-            ("cells", context.key, plain), lambda: demo_prior(context.demonstrations, context.input, plain)
-        )
-
-    def preference(self, context: Context, shape: Shape) -> Preference:
-        """Return the preference in the frame of the context's augmentation; `shape` is in that frame too."""
-        plain, view = self._preference(context, shape), context.augmentation
-        if view.is_identity:
-            return plain
-        candidates = [(view.apply(grid), weight, name) for grid, weight, name in plain.candidates]
-        return Preference(np.ascontiguousarray(view.apply_scores(plain.log_prob)), plain.confidence, candidates)
-
-    def sizes(self, context: Context) -> list[tuple[Shape, float]]:
-        """Return size_prior in the frame of the context's augmentation."""
-        plain = self._get(("sizes", context.key), lambda: size_prior(context.demonstrations, context.input))
-        return [(context.augmentation.apply_shape(shape), probability) for shape, probability in plain]
-
-    def features_of(self, context: Context) -> np.ndarray:
-        """Return context_features, float32 [NUM_FEATURES], the same under every augmentation."""
-        return self._get(("features", context.key), lambda: context_features(context.demonstrations, context.input))
-
-    def features(self, source: Query | Context) -> Tensor | np.ndarray:
-        """Return features float32 [B, NUM_FEATURES] of a query, or the numpy [NUM_FEATURES] of one context."""
-        if isinstance(source, Context):
-            return self.features_of(source)
-        rows = np.stack([self.features_of(context) for context in source.contexts])
-        return torch.from_numpy(rows).to(source.input.device)
-
-    def preferences(self, query: Query, sizes: Tensor | Sequence[Shape], side: int) -> Tensor:
-        """Return log-probabilities float32 [B, side, side, 10]; uniform outside each size.
-
-        `sizes` are (h, w) in the augmented frame, at most `side`; a tensor on a GPU is copied, so prefer lists there.
-        """
-        shapes = sizes.tolist() if isinstance(sizes, Tensor) else list(sizes)
-        batch = np.full((len(query), side, side, NUM_COLORS), -math.log(NUM_COLORS), np.float32)
-        for canvas, context, shape in zip(batch, query.contexts, shapes, strict=True):
-            plain = self._preference(context, shape)
-            canvas[: int(shape[0]), : int(shape[1])] = context.augmentation.apply_scores(plain.log_prob)
-        return torch.from_numpy(batch).to(query.input.device)
-
-    def size_log_prob(self, query: Query) -> Tensor:
-        """Return log-probabilities float32 [B, 2, 30] of the numbers of rows and of columns, 1..30."""
+def read_layers(problem: Problem) -> list[Reading]:
+    """Return the layers that apply to all grids, best first; of layers that read the same, the first."""
+    found: dict[bytes, tuple[Layer, np.ndarray]] = {}
+    for layer in LAYERS:
         rows = []
-        for context in query.contexts:
-            marginals = self._get(
-                ("sides", context.key),
-                lambda context=context: _side_marginals(size_prior(context.demonstrations, context.input)),
-            )
-            rows.append(marginals[::-1] if context.augmentation.transposes else marginals)
-        return torch.from_numpy(np.stack(rows)).to(query.input.device)
+        for sheet in reversed(problem.sheets):
+            symbols = sheet.read(layer)
+            if symbols is None:
+                break
+            rows.append(symbols)
+        else:
+            symbols = np.concatenate(rows[::-1])
+            found.setdefault(symbols.tobytes(), (layer, symbols))
+    if not found:
+        return []
+    layers, rows = zip(*found.values(), strict=True)
+    symbols = np.stack(rows).astype(np.int64)
+    tables = color_maps(problem, symbols)
+    known = symbols[:, : problem.num_known]
+    right = tables[np.arange(len(layers))[:, None], problem.known, known, problem.colors]
+    evidence = np.log((1 - EVIDENCE_FLOOR) * right + EVIDENCE_FLOOR / NUM_COLORS).sum(1)
+    best = np.argsort(-evidence.round(6), kind="stable")[:MAX_READINGS].tolist()
+    if layers[0].name == "identity" and 0 not in best:
+        best.append(0)  # what surrounds a cell is read off the input, however bad a guess it is
+    return [Reading(layers[k], symbols[k], tables[k], float(evidence[k])) for k in best]
 
-    def canonical(self, query: Query) -> Tensor:
-        """Return canonical colours [B, 10] int64: the frequency rank of each (augmented) colour."""
-        rows = np.empty((len(query), NUM_COLORS), np.int64)
-        for row, context in zip(rows, query.contexts, strict=True):
-            row[list(context.augmentation.colors)] = self._canonical(context)
-        return torch.from_numpy(rows).to(query.input.device)
 
-    def color_maps(self, query: Query) -> Tensor:
-        """Return color_map in canonical colours, float32 [B, 10, 10] on the host; the same under every augmentation."""
-        maps = [
-            self._get(("map", c.key), lambda c=c: color_map(c.demonstrations, self._canonical(c)))
-            for c in query.contexts
-        ]
-        return torch.from_numpy(np.stack(maps))
+def color_maps(problem: Problem, symbols: np.ndarray) -> np.ndarray:
+    """Return p(colour | symbol) [L, D + 1, 32, 10] of layers [L, N + n], for each group from the other demonstrations.
 
-    def size_rules(self, query: Query) -> list[str]:
-        """Return the name of each context's size rule."""
-        return [self._get(("rule", c.key), lambda c=c: size_rule(c.demonstrations, c.input)[0]) for c in query.contexts]
+    Counts back off to copying the symbol, at the rate at which colours were copied, else to the histogram.
+    """
+    num_layers, known = len(symbols), symbols[:, : problem.num_known]
+    row = np.arange(num_layers)[:, None] * problem.count + problem.known
+    code = (row * NUM_SYMBOLS + known) * NUM_COLORS + problem.colors
+    shape = num_layers, problem.count, NUM_SYMBOLS, NUM_COLORS
+    own = np.bincount(code.ravel(), minlength=math.prod(shape)).reshape(shape)
+    total = own.sum(1, keepdims=True)
+    counts = np.concatenate([total - own, total], 1).astype(np.float64)
+    cells = counts.sum(-1)
+    rate = _copy_rate(np.diagonal(counts[..., :NUM_COLORS, :], axis1=-2, axis2=-1), cells[..., :NUM_COLORS])
+    base = np.broadcast_to(problem.histogram[:, None], counts.shape).copy()
+    base[..., :NUM_COLORS, :] = (1 - rate) * base[..., :NUM_COLORS, :] + rate * EYE
+    return (counts + BACKOFF * base) / (cells + BACKOFF)[..., None]
 
-    def _canonical(self, context: Context) -> np.ndarray:
-        return self._get(("ranks", context.key), lambda: canonical_colors(context.demonstrations, context.input))
+
+def _copy_rate(kept: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Return the mean of the copy rates by colour and by cell, of kept and all cells [..., 10], as [..., 1, 1]."""
+    is_seen = cells > 0
+    by_color = (np.where(is_seen, kept / np.maximum(cells, 1), 0).sum(-1) + 1) / (is_seen.sum(-1) + 2)
+    by_cell = (kept.sum(-1) + 1) / (cells.sum(-1) + 2)
+    return ((by_color + by_cell) / 2)[..., None, None]
+
+
+# 3. Tables ------------------------------------------------------------------------------------------------------------
+
+
+def count_keys(problem: Problem, name: str, key: np.ndarray, base: Reading) -> Voice:
+    """Return the voice of counts on integer keys [N + n], which back off to a layer's colour map."""
+    _, index = np.unique(key, return_inverse=True)
+    size = int(index.max()) + 1
+    known, asked = index[: problem.num_known], index[problem.num_known :]
+    cell = known * NUM_COLORS + problem.colors
+    total = np.bincount(cell, minlength=size * NUM_COLORS)
+    own = np.bincount(problem.known * (size * NUM_COLORS) + cell, minlength=problem.count * size * NUM_COLORS)
+    own = own.reshape(problem.count, size * NUM_COLORS)
+    per_key = total.reshape(size, NUM_COLORS)
+    cells = per_key.sum(1)[known] - own.reshape(problem.count, size, NUM_COLORS).sum(2)[problem.known, known]
+    back = base.table[problem.known, base.symbols[: problem.num_known], problem.colors]
+    right = (total[cell] - own[problem.known, cell] + BACKOFF * back) / (cells + BACKOFF)
+    counts = per_key[asked] + BACKOFF * base.table[-1, base.symbols[problem.num_known :]]
+    return problem.judged(name, right, counts / counts.sum(1, keepdims=True))._replace(kind="table")
+
+
+def position_voice(problem: Problem, base: np.ndarray) -> Voice:
+    """Return the voice of the colours at the same place in outputs of the same shape, which back off to `base`."""
+    prob = base.copy()
+    for group, shape in enumerate(problem.shapes):
+        same = [EYE[b.ravel()] for k, b in enumerate(problem.answers) if k != group and b.shape == shape]
+        if same:
+            part = slice(problem.starts[group], problem.starts[group + 1])
+            prob[part] = (sum(same) + base[part]) / (len(same) + 1)
+    return problem.voice("same place in the other outputs", prob)
+
+
+def _table_voices(problem: Problem, readings: list[Reading]) -> Iterator[Voice]:
+    """Yield the voices of what surrounds a cell of the input and of the best layer, and of pairs of layers."""
+    identity = _identity(readings)
+    surrounded = [identity, readings[0]] if identity not in (None, readings[0]) else readings[:1]
+    for reading in surrounded:
+        found = [sheet.keys for sheet in problem.sheets]
+        if reading is not identity:
+            found = [keys(scene) for scene in _scenes(problem, reading)]
+        for name in found[0]:
+            key = np.concatenate([table[name].ravel() for table in found])
+            yield count_keys(problem, f"{reading.layer.name}, then by {name}", key, reading)
+    for k, first in enumerate(readings[:PAIRED_LAYERS]):
+        for second in readings[:k]:
+            name = f"{second.layer.name} with {first.layer.name}"
+            yield count_keys(problem, name, first.symbols * NUM_SYMBOLS + second.symbols, second)
+
+
+def _identity(readings: list[Reading]) -> Reading | None:
+    return next((reading for reading in readings if reading.layer.name == "identity"), None)
+
+
+def _scenes(problem: Problem, reading: Reading) -> list[Scene]:
+    """Return the scenes in which the cells of the outputs lie: a layer's grids, marks taken for a colour."""
+    if reading.layer.name == "identity":
+        return [sheet.scene for sheet in problem.sheets]
+    return [Scene(np.minimum(grid, NUM_COLORS - 1)) for grid in problem.split(reading.symbols)]
+
+
+# 4. The tree ----------------------------------------------------------------------------------------------------------
+
+
+def _tree_layers(readings: list[Reading]) -> list[Reading]:
+    """Return the readings between which the tree chooses: the input, then the best, few of each family."""
+    identity = _identity(readings)
+    chosen, used = ([identity] if identity else []), defaultdict(int)
+    for reading in readings:
+        used[reading.layer.family] += reading is not identity
+        if reading is not identity and used[reading.layer.family] <= LAYERS_PER_FAMILY:
+            chosen.append(reading)
+    return chosen[:TREE_LAYERS]
+
+
+def _tree_cells(problem: Problem, chosen: list[Reading]) -> Cells:
+    """Return the features and experts of all cells."""
+    scenes = _scenes(problem, chosen[0])
+    grids = list(zip(*(problem.split(reading.symbols) for reading in chosen), strict=True))
+    found = np.concatenate([features(scene, g, problem.palette) for scene, g in zip(scenes, grids, strict=True)])
+    named = np.concatenate([experts(scene, g, problem.palette) for scene, g in zip(scenes, grids, strict=True)])
+    known = problem.num_known
+    varies = found[:known].any(0) & ~found[:known].all(0)
+    weight = np.zeros(len(named), np.float32)
+    weight[:known] = _tree_weights(problem, named[:known, 0] == problem.colors)
+    hits = np.zeros(named.shape, np.float32)
+    hits[:known] = (named[:known] == problem.colors[:, None]) * weight[:known, None]
+    prior = np.where(np.arange(named.shape[1]) < len(chosen), 0, LOCAL_PRIOR)
+    return Cells(np.ascontiguousarray(found[:, varies], np.float32), named, hits, weight, problem.starts, prior,
+                 len(chosen))  # fmt: skip
+
+
+def _tree_weights(problem: Problem, is_kept: np.ndarray) -> np.ndarray:
+    """Return what every known cell weighs: a demonstration no more than TREE_CELLS, most of it in TREE_SAMPLE cells.
+
+    Of more cells those that keep the first layer's colour are thinned at random, always alike, and weigh the more.
+    """
+    rng = np.random.default_rng(0)
+    weight = np.empty(problem.num_known)
+    for start, stop in zip(problem.starts[:-2], problem.starts[1:-1], strict=True):
+        size = stop - start
+        share = np.full(size, min(1.0, TREE_CELLS / size))
+        for cells in (np.flatnonzero(is_kept[start:stop]), np.flatnonzero(~is_kept[start:stop])):
+            if len(cells) > TREE_SAMPLE:
+                left_out = rng.permutation(cells)[TREE_SAMPLE:]
+                share[cells] *= len(cells) / TREE_SAMPLE
+                share[left_out] = 0
+        weight[start:stop] = share
+    return weight
+
+
+def _tree_voices(problem: Problem, readings: list[Reading], effort: str) -> Iterator[Voice]:
+    chosen = _tree_layers(readings)
+    cells, base = _tree_cells(problem, chosen), readings[0].prob(problem)
+    name = f"choice by cell between {chosen[0].layer.name}"
+    if len(chosen) > 1:
+        name += f", {readings[0].layer.name if chosen[0] is not readings[0] else chosen[1].layer.name} and others"
+    yield problem.voice(name, predict_left_out(cells, base))._replace(kind="tree")
+    if effort == "full":
+        yield problem.voice(f"{name} (bagged)", bagged_left_out(cells, base))._replace(kind="tree")
+
+
+# 5. All voices --------------------------------------------------------------------------------------------------------
+
+
+def voices_of(problem: Problem, effort: str) -> Iterator[Voice]:
+    """Yield what all hypotheses say of a problem as it is."""
+    expected = problem.histogram[problem.group]
+    readings = read_layers(problem)
+    yield problem.voice("most common colour", expected)
+    base = _identity(readings) or (readings[0] if readings else None)
+    yield position_voice(problem, expected if base is None else base.prob(problem))
+    for reading in readings[:LAYER_VOICES]:
+        prob = reading.table[-1, reading.symbols[problem.num_known :]]
+        yield Voice(f"{reading.layer.name}, then colour map", reading.evidence, prob, problem.num_known)
+    if readings:
+        yield from _table_voices(problem, readings)
+        yield from _tree_voices(problem, readings, effort)
+
+
+def all_voices(demonstrations: Demonstrations, test_input: Grid, shape: Shape, effort: str) -> list[Voice]:
+    """Return what all hypotheses say of a task as it is and, until one explains it, of the task rewritten."""
+    problem = Problem(demonstrations, test_input, shape)
+    effort = "standard" if problem.num_known > LARGE else effort
+    voices = list(voices_of(problem, effort))
+    if _is_explained(voices, demonstrations):
+        return voices
+    for rewrite in _rewrites(demonstrations, test_input, shape, effort):
+        voices += _rewritten(rewrite)
+        if _is_explained(voices, demonstrations):
+            break
+    return voices
+
+
+def _is_explained(voices: list[Voice], demonstrations: Demonstrations) -> bool:
+    return len(demonstrations) > 1 and _nats_per_cell(voices) < EXPLAINED
+
+
+def _rewrites(demonstrations: Demonstrations, test_input: Grid, shape: Shape, effort: str) -> Iterator[Rewrite]:
+    """Yield the task with its colours ranked; with full effort also turned, both, and with other inputs."""
+    yield from ranked_colors(demonstrations, test_input, shape)
+    if effort == "full" and demonstrations:
+        for toward in ("foreground", "rarest colour"):
+            for turned in turned_alike(demonstrations, test_input, shape, toward):
+                yield turned
+                for ranked in ranked_colors(turned.demonstrations, turned.test_input, turned.shape):
+                    yield turned.then(ranked)
+        yield from _best_replaced(demonstrations, test_input, shape)
+
+
+def _rewritten(rewrite: Rewrite) -> Iterator[Voice]:
+    """Yield the voices of a rewritten task, in the colours and places of the task."""
+    for voice in voices_of(Problem(rewrite.demonstrations, rewrite.test_input, rewrite.shape), "standard"):
+        name, evidence = f"{rewrite.name}: {voice.name}", voice.evidence + rewrite.log_prior
+        yield voice._replace(name=name, evidence=evidence, prob=rewrite.restore(voice.prob))
+
+
+def _best_replaced(demonstrations: Demonstrations, test_input: Grid, shape: Shape) -> list[Rewrite]:
+    """Return the rewritten inputs of which one layer explains most of the first demonstration."""
+    rewrites = replaced_inputs(demonstrations, test_input, shape, LAYERS)
+    scored = [(_first_look(rewrite.demonstrations[0]), rewrite) for rewrite in rewrites]
+    return [rewrite for _, rewrite in sorted(scored, key=lambda item: -item[0])[:COMPOSED]]
+
+
+def _first_look(demonstration: tuple[Grid, Grid]) -> float:
+    """Return the log-likelihood of an output under the colour map of its best layer, less a nat per symbol mapped."""
+    grid, answer = demonstration
+    sheet = _sheet(grid, answer.shape)
+    symbols = [found for layer in LAYERS if (found := sheet.read(layer)) is not None]
+    if not symbols:
+        return -math.inf
+    row = np.arange(len(symbols))[:, None] * NUM_SYMBOLS + np.stack(symbols)
+    shape = len(symbols), NUM_SYMBOLS, NUM_COLORS
+    counts = np.bincount((row * NUM_COLORS + answer.ravel()).ravel(), minlength=math.prod(shape)).reshape(shape)
+    total = counts.sum(2)
+    fit = _times_log(counts).sum((1, 2)) - _times_log(total).sum(1) - (total > 0).sum(1)
+    return float(fit.max())
+
+
+def _times_log(counts: np.ndarray) -> np.ndarray:
+    return counts * np.log(np.maximum(counts, 1))
+
+
+def _nats_per_cell(voices: list[Voice]) -> float:
+    """Return the nats per known cell that the best voice lacks."""
+    best = max(voices, key=lambda voice: voice.evidence)
+    return -best.evidence / max(best.cells, 1)
+
+
+# 6. Mixture -----------------------------------------------------------------------------------------------------------
+
+TEMPERATURE = 0.15  # of the evidence: cells of a grid are not independent
+SECOND_TEMPERATURE = 0.05  # the same when the candidates after the first are ranked
+KIND_PRIOR = {"tree": 4.0, "table": -1.0}  # log weights; all three, and the table, from half of ARC-2 training
+CALIBRATION = (
+    # below these nats per cell: sharpness, floor, probability that the first candidate is right
+    (0.002, 1.0, 0.005, 0.97),
+    (0.005, 1.0, 0.005, 0.95),
+    (0.02, 1.0, 0.005, 0.72),
+    (0.05, 1.0, 0.01, 0.40),
+    (0.1, 1.0, 0.01, 0.25),
+    (0.2, 0.9, 0.01, 0.10),
+    (0.35, 0.9, 0.01, 0.04),
+    (0.6, 0.9, 0.02, 0.04),
+    (math.inf, 0.8, 0.05, 0.02),
+)
+UNTESTED = 0.2  # the probability with fewer than two demonstrations, where there is no evidence
+
+
+def _mix(voices: list[Voice], num_demonstrations: int, shape: Shape) -> Preference:
+    """Return the mixture of the voices, flattened the more, the worse the best of them does."""
+    weight = _shares(voices, TEMPERATURE)
+    prob = sum(share * voice.prob for share, voice in zip(weight, voices, strict=True))
+    nats = _nats_per_cell(voices)
+    _, sharpness, floor, confidence = next(row for row in CALIBRATION if nats < row[0])
+    prob = np.maximum(prob, 1e-9) ** sharpness
+    prob = (1 - floor) * prob / prob.sum(1, keepdims=True) + floor / NUM_COLORS
+    candidates = _candidates(voices, prob, shape)
+    log_prob = np.log(prob).astype(np.float32).reshape(*shape, NUM_COLORS)
+    return Preference(log_prob, confidence if num_demonstrations > 1 else UNTESTED, candidates)
+
+
+def _shares(voices: list[Voice], temperature: float) -> np.ndarray:
+    """Return the posterior weights of the voices, which sum to 1."""
+    values = np.array([temperature * voice.evidence + KIND_PRIOR.get(voice.kind, 0.0) for voice in voices])
+    shares = np.exp(values - values.max())
+    return shares / shares.sum()
+
+
+def _candidates(voices: list[Voice], prob: np.ndarray, shape: Shape) -> list[tuple[Grid, float, str]]:
+    """Return the answers: the mixture's, then those of the voices; each has the name of its best voice."""
+    answers = [voice.prob.argmax(1).astype(np.uint8) for voice in voices]
+    shares = _shares(voices, SECOND_TEMPERATURE)
+    weights: dict[bytes, float] = defaultdict(float)
+    best: dict[bytes, Voice] = {}
+    for answer, share, voice in zip(answers, shares, voices, strict=True):
+        weights[answer.tobytes()] += float(share)
+        if answer.tobytes() not in best or voice.evidence > best[answer.tobytes()].evidence:
+            best[answer.tobytes()] = voice
+    first = prob.argmax(1).astype(np.uint8).tobytes()
+    ranked = sorted((key for key in weights if key != first), key=lambda key: -weights[key])
+    if not ranked:
+        ranked = [_runner_up(prob).tobytes()]
+    weights[first] = max(weights.get(first, 0.0), *(weights[key] for key in ranked), 1e-9)
+    total = sum(weights[key] for key in (first, *ranked)) or 1.0
+    leader = max(voices, key=lambda voice: voice.evidence)
+    names = {key: voice.name for key, voice in best.items()}
+    names.setdefault(first, f"{leader.name} (mixed)")
+    return [
+        (np.frombuffer(key, np.uint8).reshape(shape), weights[key] / total, names.get(key, "runner-up"))
+        for key in (first, *ranked)
+    ]
+
+
+def _runner_up(prob: np.ndarray) -> np.ndarray:
+    """Return the likeliest colours but for the cells that are least sure, which take their second colour."""
+    order = np.argsort(-prob, axis=1, kind="stable")
+    rows = np.arange(len(prob))
+    margin = np.log(prob[rows, order[:, 0]]) - np.log(prob[rows, order[:, 1]])
+    return np.where(margin <= margin.min() + 1e-9, order[:, 1], order[:, 0]).astype(np.uint8)

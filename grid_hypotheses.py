@@ -542,6 +542,7 @@ def for_same_shape(function: Callable[..., Grid | None]) -> Callable[..., Grid |
     def hypothesis(scene: Scene, shape: Shape, **parameters) -> Grid | None:
         return function(scene, **parameters) if shape == scene.shape else None
 
+    hypothesis.on_scene = function
     return hypothesis
 
 
@@ -565,6 +566,7 @@ def if_it_fits(function: Callable[..., Grid | None]) -> Callable[..., Grid | Non
         part = function(scene, **parameters)
         return part if part is not None and part.shape == shape else None
 
+    hypothesis.on_scene = function
     return hypothesis
 
 
@@ -1105,6 +1107,7 @@ def on_objects(function: Callable[..., Grid | None]) -> Callable[..., Grid | Non
             return None
         return function(scene, scene.objects[kind], **parameters)
 
+    hypothesis.on_scene = lambda scene, **parameters: hypothesis(scene, scene.shape, **parameters)
     return hypothesis
 
 
@@ -1210,6 +1213,13 @@ class Layer:
     name: str
     family: str
     function: Hypothesis
+
+    @property
+    def on_scene(self) -> Callable[[Scene], Grid | None] | None:
+        """The hypothesis without regard to a wanted shape; None where it needs one."""
+        function = getattr(self.function, "func", self.function)
+        inner = getattr(function, "on_scene", None)
+        return inner and partial(inner, **getattr(self.function, "keywords", {}))
 
 
 def _layers(family: str, function: Callable, table: dict[str, dict]) -> list[Layer]:

