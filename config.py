@@ -132,6 +132,12 @@ class AgentConfig:
         "how long to think about the demonstration prior: standard, or full (several times slower)",
         choices=("standard", "full"),
     )
+    answer_confidence: float = setting(
+        0.9,
+        "least confidence at which the demonstration prior's best grid is the first attempt, without planning;"
+        " above 1: never",
+        low=0,
+    )
     num_codes: int = setting(20, "latent codes S of the likelihood P(o|s)", low=10)
 
 

@@ -111,8 +111,7 @@ def query_from_grids(grid: Tensor) -> Query:
     """Return a Query without demonstrations for grids in any form that `grid_colors` accepts."""
     colors = grid_colors(grid)
     batch = colors.shape[0]
-    inside = colors != PAD
-    size = torch.stack((inside.any(2).sum(1), inside.any(1).sum(1)), 1)
+    size = grid_sizes(colors)
     empty = colors.new_full((1, 3, 3), PAD)
     none = colors.new_zeros((1, 2))
     zero = colors.new_zeros(batch)
@@ -129,6 +128,12 @@ def query_from_grids(grid: Tensor) -> Query:
         dihedral=zero.clone(),
         color_permutation=torch.arange(NUM_COLORS, device=colors.device).expand(batch, -1),
     )
+
+
+def grid_sizes(grid: Tensor) -> Tensor:
+    """Return the sizes [B, 2] of grids [B, H, W] that are PAD outside; (0, 0) where there is no cell."""
+    inside = grid != PAD
+    return torch.stack((inside.any(2).sum(1), inside.any(1).sum(1)), 1)
 
 
 def size_mask(size: Tensor, side: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from arc_data import MAX_SIDE, NUM_COLORS, PAD, Context, Query
-from demo_prior import Preference, Shape, canonical_colors, color_map, context_features, size_rule
+from demo_prior import Preference, Shape
 from prior_store import (
     MAX_CANDIDATES,
     MIN_PARALLEL,
@@ -32,6 +32,8 @@ from prior_store import (
     decode_sizes,
     value_key,
 )
+from size_hypotheses import size_rule
+from task_features import canonical_colors, color_map, context_features
 
 SIZE_FLOOR = 1e-4  # least marginal probability of a side
 
@@ -203,6 +205,10 @@ class PriorCache:
                 weights[b, k] = weight
         device = query.input.device
         return torch.from_numpy(grids).to(device), torch.from_numpy(weights).to(device)
+
+    def likeliest_sizes(self, query: Query) -> list[Shape]:
+        """Return the most probable output size of each context, in the frame of its augmentation."""
+        return [self.sizes(context)[0][0] for context in query.contexts]
 
     def size_log_prob(self, query: Query) -> Tensor:
         """Return log-probabilities float32 [B, 2, 30] of the numbers of rows and of columns, 1..30."""

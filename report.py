@@ -495,6 +495,26 @@ def predicted_cells_line(predicted_size: float, unrefined: float | None = None) 
     return f"  Cells (predicted size): {predicted_size:.3f}{beside}"
 
 
+def beside_prior_line(label: str, exact: int, outputs: int, prior: int, low: int, high: int) -> str:
+    """Return exact matches beside the prior's on the same outputs, and the 95 % interval of their difference."""
+    return (
+        f"  {label}: {exact} of {outputs} | demo prior {prior} | difference {exact - prior:+d} [{low:+d}, {high:+d}]"
+    )
+
+
+def at_once_line(count: int, outputs: int, exact: int, planned: int) -> str:
+    """Return how many inputs the prior answered at once, how many rightly, and how many the planner has right there."""
+    return f"  Answered at once by the prior: {count} of {outputs}, {exact} right | planner there {planned}"
+
+
+def potential_line(potential: float, prior: float, skill: float) -> str:
+    """Return the mean potential of the first attempts beside the prior's, the difference, and its share of the rest."""
+    return (
+        f"  Potential: {potential:.3f} | demo prior {prior:.3f} | over the prior {potential - prior:+z.3f}"
+        f" | skill {skill:+z.3f}"
+    )
+
+
 def size_line(accuracy: float, rule: float) -> str:
     """Return the share of right output sizes, the model's beside the size rule's."""
     return f"  Size accuracy: {accuracy:.3f} (rule {rule:.3f})"
@@ -541,6 +561,7 @@ def full_summary(
             predicted_cells_line(scores["cells_predicted"], scores["cells_unrefined"]),
             f"  Exact: {scores['exact']} | copy-input {base['copy_exact']} | one-colour {base['color_exact']}"
             f" | demo prior {base['prior_exact']}",
+            *beside_prior_lines(scores),
             size_line(scores["size_accuracy"], base["rule_size"]),
             gain_line(scores["nats_gained"]),
             prompt_gap_line(scores["prompt_gap"]),
@@ -548,6 +569,22 @@ def full_summary(
     lines.append(f"  Memory: {memory['size']} entries, threshold {memory['theta']:.3f}")
     lines += [update_ratio_line(train.get("qwen_upd")), speed_line(cells_per_second)]
     return "\n".join(lines)
+
+
+def beside_prior_lines(scores: dict[str, float]) -> list[str]:
+    """Return the lines that compare the validation scores with what the prior answers alone."""
+    labels = {
+        "exact": "Exact beside the prior",
+        "unsure_exact": "Exact where the prior is unsure",
+        "two_exact": "Exact at two attempts",
+    }
+    ends = ("", "_of", "_prior", "_low", "_high")
+    answered = ("at_once", "outputs", "at_once_exact", "at_once_planned")
+    return [
+        *(beside_prior_line(label, *(scores[name + end] for end in ends)) for name, label in labels.items()),
+        at_once_line(*(scores[name] for name in answered)),
+        potential_line(scores["potential"], scores["potential_prior"], scores["skill"]),
+    ]
 
 
 def duration(seconds: float) -> str:

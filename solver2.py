@@ -101,7 +101,8 @@ class Candidates:
 
     task_ids, pair_ids, size_rules: B strings (base task id; the pair within or across tasks; name of the size rule);
     features [B, F]; prompt, delta [B, Dp] (delta: the move in prompt space that worked);
-    color_map [B, 10, 10] rows p(c_out | c_in) in canonical colours; score [B] in [0, 1]; exact [B] bool.
+    color_map [B, 10, 10] rows p(c_out | c_in) in canonical colours; score, prior_score [B] in [0, 1]: of the answer,
+    and of what the demonstrations' prior answers alone; exact [B] bool.
     """
 
     task_ids: Sequence[str]
@@ -112,6 +113,7 @@ class Candidates:
     delta: Tensor
     color_map: Tensor
     score: Tensor
+    prior_score: Tensor
     exact: Tensor
 
 
@@ -175,16 +177,19 @@ class MemoryBuffer:
     def admit(self, candidates: Candidates, *, step: int = 0, version: int = 0) -> int:
         """Return how many candidates became new entries; a duplicate replaces its entry if better and does not count.
 
-        Judged by the threshold with its old statistics. Scores, features or payloads that are not finite are left out.
-        Copies to the host once. `step` is the global batch, `version` counts updates of the model that wrote it.
+        Judged by the threshold with its old statistics. Scores, features or payloads that are not finite are left out,
+        and so is what scores no better than the prior alone: it would remember nothing that the demonstrations do not
+        say. Copies to the host once. `step` is the global batch, `version` counts updates of the model that wrote it.
         """
         floats = {name: getattr(candidates, name).detach().to("cpu", torch.float32)
-                  for name in ("features", "prompt", "delta", "color_map", "score")}
+                  for name in ("features", "prompt", "delta", "color_map", "score", "prior_score")}
         exact = candidates.exact.detach().to("cpu", torch.bool)
         finite = torch.stack([value.flatten(1).isfinite().all(1) if value.ndim > 1 else value.isfinite()
                               for value in floats.values()]).all(0)
         self._observe(floats["features"][floats["features"].isfinite().all(1)])
+        prior_score = floats.pop("prior_score")
         passed = self.threshold.admit_batch(floats["score"].numpy(), exact.numpy()) & finite.numpy()
+        passed &= (floats["score"] > prior_score).numpy()
         self._counters["offered"] += len(passed)
         admitted = 0
         for i in np.flatnonzero(passed).tolist():

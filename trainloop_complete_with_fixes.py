@@ -83,7 +83,7 @@ from config import (
     with_values,
 )
 from evaluate import baselines, validate
-from grid_accuracy_loss import Trajectory, exact_match, parameter_count
+from grid_accuracy_loss import Trajectory, cell_accuracy, exact_match, parameter_count
 from loss_function import EFETerms
 from model_persistence import (
     CheckpointError,
@@ -228,12 +228,13 @@ def gradient_norm(parameters: list[Tensor], device: torch.device) -> Tensor:
 def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResult, step: int) -> int:
     """Return how many entries the memory admitted; also moves the threshold, the Z table and the prompt queue.
 
-    Called after a step that was taken. A sample's score is its cell accuracy, 0 when its size was predicted wrong.
+    Called after a step that was taken. A sample's score is its cell accuracy, 0 when its size was predicted wrong; the
+    memory compares it with the cell accuracy of the prior's best grid, which has the true size.
     """
     prediction = result.trajectory.decode()
-    right = ((prediction == answer.target) & answer.mask).sum((1, 2)) / answer.mask.sum((1, 2)).clamp(min=1)
+    right, cells = cell_accuracy(prediction, answer.target)
     sizes = result.scene.sizes()
-    score = torch.where((sizes == answer.target_size).all(1), right, 0.0)
+    score = torch.where((sizes == answer.target_size).all(1), right / cells.clamp(min=1), 0.0)
     exact = exact_match(prediction, sizes, answer.target, answer.target_size)
     system.z_table.update(
         query.task_slot, on_canvas(query.input, prediction.shape[-1]), prediction, answer.target, answer.mask,
@@ -243,22 +244,25 @@ def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResu
     system.efe_loss.remember(embedding, query.task_slot)
     if not system.config.memory.use_memory:
         return 0
+    best, _ = system.prior.candidates(query, answer.shapes, answer.target.shape[-1], count=1)
+    prior_score = cell_accuracy(best[:, 0], answer.target)[0] / cells.clamp(min=1)
     worked = torch.zeros_like(score) if result.reward is None else (result.reward > 0).float()
     host = torch.cat((embedding, (result.refined - result.scene.embedding) * worked[:, None],
-                      result.scene.features, score[:, None], exact[:, None]), 1).float().cpu()  # fmt: skip
-    widths = (embedding.shape[1], embedding.shape[1], result.scene.features.shape[1], 1, 1)
-    prompt, delta, features, score, exact = host.split(widths, 1)
+                      result.scene.features, torch.stack((score, prior_score, exact), 1)), 1).float().cpu()  # fmt: skip
+    widths = (embedding.shape[1], embedding.shape[1], result.scene.features.shape[1], 3)
+    prompt, delta, features, scores = host.split(widths, 1)
+    score, prior_score, exact = scores.unbind(1)
     tasks, pairs = [c.task_id for c in query.contexts], [c.pair_id for c in query.contexts]
     candidates = Candidates(
         task_ids=tasks, pair_ids=pairs, size_rules=system.prior.size_rules(query), features=features, prompt=prompt,
-        delta=delta, color_map=system.prior.color_maps(query), score=score[:, 0], exact=exact[:, 0] > 0,
+        delta=delta, color_map=system.prior.color_maps(query), score=score, prior_score=prior_score, exact=exact > 0,
     )  # fmt: skip
     if result.scene.recall is not None:
         system.memory.count_hits(result.scene.recall)
         if result.gain is not None:
             system.memory.update_gain(result.scene.recall.index, result.gain, result.scene.recall.weights)
     system.memory.refresh(tasks, pairs, prompt)
-    system.memory.reevaluate(tasks, pairs, score[:, 0])
+    system.memory.reevaluate(tasks, pairs, score)
     return system.memory.admit(candidates, step=step, version=step)
 
 

@@ -3,8 +3,9 @@
     python benchmarks/overfit.py [--tasks 8] [--seconds 180] [--kappa 1 0] [flags of the driver, such as --seed 1]
 
 The tasks are chosen by hash among those whose sides are all 5 to 15. Training pairs are predicted leave-one-out, at the
-predicted size, with the live weights. Prints, for each kappa (trust in the demonstration prior), the time to the first
-pass in which all pairs are exact, within the limit. Exits with 1 when a limit is missed.
+predicted size, with the live weights, all by the planner: the prior answers none at once. Prints, for each kappa
+(trust in the demonstration prior), the time to the first pass in which all pairs are exact, within the limit. Exits
+with 1 when a limit is missed.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def overfit(data: Path, out: Path, kappa: float, seconds: float, flags: list[str
     """Return (exact pairs, pairs, seconds of training, epochs) of a run with the given kappa."""
     command = parse_command_line(
         ["--data", str(data), "--out", str(out), "--augment", "none", "--epochs", "100000", "--kappa", str(kappa),
-         "--warmup", "0", "--decay", "0", "--size-warmup", "1", "--fresh", *flags]
+         "--warmup", "0", "--decay", "0", "--size-warmup", "1", "--answer-confidence", "2", "--fresh", *flags]
     )  # fmt: skip
     run = driver.build_run(command, Console(quiet=True), None)
     spent, epoch, right = 0.0, 0, 0

@@ -94,6 +94,7 @@ def fill_memory(system, names, seed=0):
             delta=torch.randn(count, width, generator=generator),
             color_map=torch.rand(count, 10, 10, generator=generator).softmax(-1),
             score=torch.ones(count),
+            prior_score=torch.zeros(count),
             exact=torch.ones(count, dtype=torch.bool),
         ),
         step=3,

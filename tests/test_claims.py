@@ -25,7 +25,7 @@ from torch import Tensor
 import evaluate
 import loss_function
 import trainloop_complete_with_fixes as driver
-from arc_data import ArcTask, Pair, TaskSampler, collate, evaluation_batches, test_contexts
+from arc_data import PAD, ArcTask, Pair, TaskSampler, collate, evaluation_batches, test_contexts
 from config import parse_command_line
 from model_persistence import list_checkpoints, read_checkpoint, snapshot
 
@@ -105,9 +105,7 @@ def test_fix2_higher_reward_prompt_becomes_more_likely(make_lab, trained_state):
     advantage = terms.advantage
     assert (advantage.amax(0) > advantage.amin(0)).all()
     rise = rises(lab, proposal, terms)
-    best, worst = advantage.argmax(0, keepdim=True), advantage.argmin(0, keepdim=True)
-    assert (advantage * rise).mean() > 0
-    assert rise.gather(0, best).mean() > 0 > rise.gather(0, worst).mean()
+    assert (advantage * rise).mean() > 0.02  # 0.04 to 0.1 is measured, whatever the prior
 
     # And the reward is part of the loss that trains everything else.
     result = driver.train_step(lab.system, query, answer, moment)
@@ -168,7 +166,7 @@ def test_fix4_size_loss_dominates_in_warmup_and_fades(make_lab):
     torch.testing.assert_close(torch.stack(gradients) / gradients[0], torch.tensor([1.0, 0.75, 0.5, 0.5]))
 
 
-def test_fix5_memory_grows_and_threshold_follows_accuracy(reference):
+def test_fix5_memory_grows_and_threshold_follows_accuracy(reference, make_lab):
     assert reference.code == 0
     config = parse_command_line(reference.argv).config.memory
     sizes, thetas = [], []
@@ -186,11 +184,69 @@ def test_fix5_memory_grows_and_threshold_follows_accuracy(reference):
             theta = config.threshold_low
         thetas.append(min(max(theta, config.threshold_low), config.threshold_high))
         assert _theta_of(memory["threshold"], config) == pytest.approx(thetas[-1], abs=1e-5)
-    assert sizes[0] > 0 and sizes == sorted(sizes) and sizes[-1] > sizes[0]
+    assert sizes == sorted(sizes)
     assert thetas[0] == config.threshold_low < thetas[-1]
     records = [json.loads(line) for line in (reference.path / "metrics.jsonl").read_text().splitlines()]
     epochs = [record for record in records if record["event"] == "epoch"]
     assert (epochs[-1]["memory"], epochs[-1]["threshold"]) == (sizes[-1], pytest.approx(thetas[-1], abs=1e-5))
+
+    lab, grown = make_lab(), [0]  # how much a run has to remember depends on what the prior leaves to it
+    for k in range(4):
+        fill_memory(lab, [k])
+        grown.append(len(lab.system.memory))
+    assert grown == sorted(set(grown))
+
+
+def learn_batch(lab: Lab, monkeypatch: pytest.MonkeyPatch, alone: Callable[[Tensor], Tensor] | None) -> tuple:
+    """Return (query, answer, what the memory was offered, how many it admitted) of one batch, in an empty memory.
+
+    `alone` makes the prior's best grids [B, S, S] out of the true ones.
+    """
+    query, answer = lab.batch(0)
+    result = driver.train_step(lab.system, query, answer, driver.Moment(0, 4.0, False))
+    memory, offered = lab.system.memory, []
+    admit = memory.admit
+
+    def record(candidates: Any, **more: int) -> int:
+        offered.append(candidates)
+        return admit(candidates, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "admit", record)
+        if alone is not None:
+            best = alone(answer.target)[:, None]
+            patch.setattr(lab.system.prior, "candidates", lambda *_, **__: (best, torch.ones(len(query), 1)))
+        admitted = driver.learn_from(lab.system, query, answer, result, 0)
+    return query, answer, offered[0], admitted
+
+
+def test_memory_keeps_only_what_the_prior_alone_does_not_answer(make_lab, trained_state, monkeypatch):
+    def fresh() -> Lab:
+        lab = make_lab("--batch-size", "8", "--threshold-low", "0")
+        lab.system.load_checkpoint_state(trained_state)
+        return lab
+
+    lab = fresh()
+    query, answer, offered, admitted = learn_batch(lab, monkeypatch, None)
+    for b, (context, shape) in enumerate(zip(query.contexts, answer.shapes, strict=True)):
+        best = lab.system.prior.preference(context, shape).candidates[0][0]
+        right = (best == answer.target[b, : shape[0], : shape[1]].numpy()).mean()
+        assert float(offered.prior_score[b]) == pytest.approx(right, abs=1e-6)
+    names = list(zip(offered.task_ids, offered.pair_ids, strict=True))
+    better = {names[b] for b in (offered.score > offered.prior_score).nonzero().flatten().tolist()}
+    state = lab.system.memory.state_dict()
+    stored = [(state["names"]["task"][t], state["names"]["pair"][p])
+              for t, p in zip(state["rows"]["task"].tolist(), state["rows"]["pair"].tolist(), strict=True)]  # fmt: skip
+    assert admitted >= len(stored) and set(stored) <= better
+
+    # A prior that knows every answer leaves nothing to remember, but the threshold still follows the scores;
+    # one that has every cell wrong leaves all that is not wrong altogether.
+    knowing, wrong = fresh(), fresh()
+    *_, offered, admitted = learn_batch(knowing, monkeypatch, lambda target: target)
+    assert admitted == len(knowing.system.memory) == 0
+    assert knowing.system.memory.threshold.count == len(query)
+    *_, offered, admitted = learn_batch(wrong, monkeypatch, lambda target: torch.where(target >= 0, 9 - target, target))
+    assert admitted >= len(wrong.system.memory) > 0
 
 
 def _theta_of(state: dict, config: Any) -> float:
@@ -233,8 +289,8 @@ def test_fix6_policy_gradient_climbs_a_known_reward(make_lab, trained_state):
         assert all(torch.equal(p, before[name]) and p.grad is None for name, p in others)
         return mean_move() - start
 
-    assert climb(1.0, 30) > 0.005  # nats per cell; 0.012 is measured
-    assert climb(-1.0, 30) < -0.02  # down is easier: -0.056
+    assert climb(1.0, 30) > 0.002  # nats per cell; 0.005 to 0.016 is measured, less the more the prior knows
+    assert climb(-1.0, 30) < -0.01  # down is easier: -0.024 to -0.056
     assert climb(0.0, 5) == 0.0  # a constant reward teaches nothing
 
 
@@ -292,15 +348,24 @@ def test_fix7_nonfinite_step_is_skipped_and_parameters_stay_finite(build, drive,
 # 2. Everything learns, and listens to its prompt ---------------------------------------------------------------------
 
 
+def fill_memory(lab: Lab, batches: Sequence[int]) -> None:
+    """Let the memory learn from some batches, with a prior that has no candidate, so that every pair is worth it."""
+    candidates = lab.system.prior.candidates
+    for k in batches:
+        query, answer = lab.batch(k)
+        result = driver.train_step(lab.system, query, answer, driver.Moment(k, 0.0, True))
+        lab.system.prior.candidates = lambda query, sizes, side, count: (
+            torch.full((len(query), count, side, side), PAD), torch.zeros(len(query), count))  # fmt: skip
+        driver.learn_from(lab.system, query, answer, result, k)
+        lab.system.prior.candidates = candidates
+
+
 def test_every_trainable_parameter_moves(make_lab):
     for filled in (False, True):
         lab = make_lab("--weight-decay", "0", "--rl-every", "1", "--batch-size", "8", "--attention", "on",
                        "--memory-similarity", "0.2", "--threshold-low", "0", "--threshold-kappa", "0")  # fmt: skip
         if filled:
-            for k in range(lab.sampler.num_batches(0)):
-                query, answer = lab.batch(k)
-                result = driver.train_step(lab.system, query, answer, driver.Moment(k, 0.0, True))
-                driver.learn_from(lab.system, query, answer, result, k)
+            fill_memory(lab, range(lab.sampler.num_batches(0)))
             assert len(lab.system.memory) >= 8
         trainable = [(name, p) for name, p in lab.system.named_parameters() if p.requires_grad]
         before = copies(trainable)
@@ -328,6 +393,20 @@ def test_shuffled_prompts_change_predictions(make_lab, tasks, trained_state):
             shuffled = lab.system.plan(scene, reading, scene.embedding.roll(shift, 0)).decode()
             assert (own != shuffled).flatten(1).any(1).sum() >= 2  # of eight predictions; four are measured
     assert evaluate.validate(lab.system, lab.runtime, items, 4096)["prompt_gap"] != 0
+
+
+def test_system_trains_without_the_prior(make_lab):
+    lab = make_lab("--kappa", "0", "--batch-size", "8", "--augment", "none", "--answer-confidence", "2",
+                   "--no-use-memory", "--size-warmup", "0")  # fmt: skip
+    assert not any(name.endswith("kappa") for name, _ in lab.system.named_parameters())
+    losses = [float(lab.step(0).terms.terms["consistency"].detach()) for _ in range(20)]
+    assert all(update.taken for update in lab.updates)
+    assert losses[-1] < 0.8 * losses[0]
+    lab.system.eval()
+    query, _ = lab.batch(0)
+    planned = evaluate.predict(lab.system, query, lab.runtime)
+    lab.system.prior.preferences = lambda query, sizes, side: torch.full((len(query), side, side, 10), -2.3)
+    assert torch.equal(evaluate.predict(lab.system, query, lab.runtime).grid, planned.grid)
 
 
 # 3. Nothing leaks ----------------------------------------------------------------------------------------------------
@@ -367,13 +446,15 @@ def tensors(prediction: evaluate.Prediction) -> dict[str, Any]:
 
 def test_scrambled_answers_do_not_change_predictions(make_lab, tasks, trained_state):
     def fresh() -> Lab:
-        lab = make_lab("--batch-size", "8", "--augment", "none", "--memory-similarity", "-1")
+        lab = make_lab("--batch-size", "8", "--augment", "none", "--memory-similarity", "-1",
+                       "--answer-confidence", str(half))  # fmt: skip
         lab.system.load_checkpoint_state(trained_state)
-        for k in range(2):
-            query, answer = lab.batch(k)
-            result = driver.train_step(lab.system, query, answer, driver.Moment(k, 0.0, False))
-            driver.learn_from(lab.system, query, answer, result, k)
+        fill_memory(lab, range(2))
         return lab
+
+    query, _ = collate([context for context, _ in test_contexts(tasks)])
+    prior = make_lab().system.prior
+    half = float(prior.confidences(query, prior.likeliest_sizes(query)).median())  # the prior answers some at once
 
     lab = fresh()
     true, batches, scores = predictions(lab, tasks)
@@ -381,6 +462,9 @@ def test_scrambled_answers_do_not_change_predictions(make_lab, tasks, trained_st
     assert batches == false_batches and len(true) == len(batches) > 1
     assert differences([tensors(p) for p in true], [tensors(p) for p in false]) == []
     assert any(p.scene.recall.valid.any() for p in true)
+    at_once = torch.cat([p.at_once for p in true])
+    assert at_once.any() and not at_once.all()
+    assert scores["at_once"] == false_scores["at_once"] == int(at_once.sum())
     assert scores["cells_predicted"] > false_scores["cells_predicted"]
 
     # While training: a pair's own output reaches the loss and the backward plan, never the forward one.

@@ -184,6 +184,8 @@ def test_run_folder_holds_every_file(reference):
     assert session["device"] == "cpu" and session["packages"]["torch"]
     rows = read_epochs(reference.path / "epochs.csv")
     assert [row["epoch"] for row in rows] == ["0", "1"] and [row["step"] for row in rows] == ["7", "14"]
+    compared = {f"val_{name}{end}" for name in ("exact", "unsure_exact", "two_exact") for end in ("", "_prior", "_low")}
+    assert rows[0].keys() >= compared | {"val_at_once", "val_at_once_exact", "val_potential_prior", "val_skill"}
 
 
 def test_metrics_records_say_where_they_stand(reference):
@@ -218,6 +220,19 @@ def test_printed_lines_have_the_documents_shape(reference):
         assert lines[start + 6].startswith("  Terms: risk ")
         assert re.fullmatch(rf"  Cells \(true size\): {number} \| copy-input {number} \| one-colour {number}"
                             rf" \| demo prior {number}", lines[start + 7])  # fmt: skip
+        beside = r"(\d+) of (\d) \| demo prior (\d+) \| difference ([+-]\d) \[[+-]\d, [+-]\d\]"
+        compared = [
+            re.fullmatch(rf"  Exact {where}: {beside}", line)
+            for where, line in zip(("beside the prior", "where the prior is unsure", "at two attempts"),
+                                   lines[start + 10 : start + 13], strict=True)
+        ]  # fmt: skip
+        assert all(int(m[1]) - int(m[3]) == int(m[4]) for m in compared)
+        assert int(compared[0][1]) <= int(compared[2][1]) and compared[0][2] == compared[2][2] == "8"
+        at_once = re.fullmatch(r"  Answered at once by the prior: (\d) of 8, \d right \| planner there \d",
+                               lines[start + 13])  # fmt: skip
+        assert int(at_once[1]) + int(compared[1][2]) == 8
+        assert re.fullmatch(rf"  Potential: {number} \| demo prior {number} \| over the prior [+-]{number}"
+                            rf" \| skill [+-]{number}", lines[start + 14])  # fmt: skip
     log = (reference.path / "run.log").read_text()
     assert all(line in log for line in lines if line.startswith(("[", "Epoch", "  ")))
     assert reference.printed.isascii()
@@ -229,7 +244,8 @@ def all_predictions(system: ARCSystem, tasks) -> list[dict]:
     contexts = [context for context, _ in test_contexts(tasks, {task.id: i for i, task in enumerate(tasks)})]
     runtime = driver.choose_runtime(torch.device("cpu"), "auto")
     batches = [evaluate.predict(system, collate(contexts[i : i + 3])[0], runtime) for i in range(0, len(contexts), 3)]
-    return [{n: getattr(p, n) for n in ("sizes", "grid", "unrefined", "embedding", "steps")} for p in batches]
+    names = ("grid", "second", "unrefined", "planned", "embedding", "steps")
+    return [{name: getattr(p, name) for name in names} for p in batches]
 
 
 def test_best_weights_predict_what_the_averaged_weights_predict(reference, tasks):

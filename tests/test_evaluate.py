@@ -12,13 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from arc_data import PAD, Answer, Augmentation, Context, Query, collate, load_tasks, select_tasks
+from arc_data import PAD, Answer, Augmentation, Context, Query, collate, evaluation_batches, load_tasks, select_tasks
 from arc_data import test_contexts as test_items
 from arc_system import ARCSystem, build_optimizers, choose_runtime
 from config import TrainConfig, resolve, with_values
-from evaluate import Prediction, Tally, baselines, judge, predict, validate
-from grid_accuracy_loss import Trajectory, cell_nats
+from demo_prior import Preference
+from evaluate import Prediction, Tally, baselines, judge, paired_interval, predict, two_attempts, validate
+from grid_accuracy_loss import Trajectory, cell_nats, grid_sizes
 from prior_cache import PriorCache
+from reward_shaping import potentials
 from solver2 import Candidates
 
 SMALL = {
@@ -27,8 +29,12 @@ SMALL = {
 }  # fmt: skip
 RUNTIME = choose_runtime(torch.device("cpu"), "fp32")
 KEYS = {"outputs", "exact", "accuracy", "cells_true", "cells_predicted", "cells_unrefined", "accuracy_delta",
-        "size_accuracy", "nats_gained", "prompt_gap", "steps"}  # fmt: skip
+        "size_accuracy", "nats_gained", "prompt_gap", "steps", "at_once", "at_once_exact", "at_once_planned",
+        "potential", "potential_prior", "skill"}  # fmt: skip
+ENDS = ("", "_of", "_prior", "_low", "_high")
+KEYS |= {name + end for name in ("exact", "unsure_exact", "two_exact") for end in ENDS}
 ALL_AT_ONCE = 10**9
+NEVER = 2.0  # a confidence that no prior has
 
 
 def make_system(seed=0, noise=0.0, **values) -> ARCSystem:
@@ -55,9 +61,21 @@ def items():
 
 
 @pytest.fixture(scope="module")
-def trained():
-    """A system that stands for a trained one: every parameter is off its initial value. Tests must not change it."""
-    return make_system(noise=0.1)
+def trained(items):
+    """A system that stands for a trained one: every parameter is off its initial value. Tests must not change it.
+
+    The prior answers about half of the items at once.
+    """
+    return make_system(noise=0.1, agent__answer_confidence=median_confidence(items))
+
+
+def median_confidence(items):
+    """Return the median of the prior's confidence at its likeliest sizes; some items lie below it."""
+    prior = PriorCache()
+    values = [prior.preference(c, prior.sizes(c)[0][0]).confidence for c, _ in items]
+    middle = float(np.median(values))
+    assert min(values) < middle
+    return middle
 
 
 # Brute force ---------------------------------------------------------------------------------------------------------
@@ -75,9 +93,30 @@ def union_cells(guess, answer):
     return same / union
 
 
-def predicted_grid(prediction, b, name="grid"):
-    h, w = prediction.sizes[b].tolist()
-    return getattr(prediction, name)[b, :h, :w].numpy()
+def predicted_grid(prediction, name="grid", b=0):
+    grid = getattr(prediction, name)[b]
+    h, w = grid_sizes(grid[None])[0].tolist()
+    assert (grid[:h, :w] != PAD).all() and (grid != PAD).sum() == h * w
+    return grid[:h, :w].numpy().astype(np.uint8)
+
+
+def reference_attempts(prior, context, planned, threshold):
+    """Return (first attempt, second attempt, the prior's candidates, whether it answers at once), grid by grid."""
+    preference = prior.preference(context, prior.sizes(context)[0][0])
+    grids = [grid for grid, _, _ in preference.candidates]
+    at_once = preference.confidence >= threshold
+    ranked = [grids[0], planned, *grids[1:]] if at_once else [planned, *grids]
+    others = [g for g in ranked if not np.array_equal(g, ranked[0])]
+    return ranked[0], (others or ranked)[0], grids, at_once
+
+
+def reference_potential(guess, answer, context, config):
+    """Return the potential of one guess, computed alone on canvases of its own size."""
+
+    def one(grid):
+        return torch.from_numpy(grid.astype(np.int64))[None], torch.tensor([grid.shape])
+
+    return float(potentials(*one(guess), *one(answer), *one(context.input), config).total)
 
 
 def reference_nats(log_prob, answer):
@@ -87,12 +126,15 @@ def reference_nats(log_prob, answer):
 
 @torch.no_grad()
 def reference_validation(system, items):
-    """Return the validation metrics computed item by item with numpy; no prompt gap."""
+    """Return the validation metrics computed item by item with numpy; no prompt gap and no intervals."""
     rows = []
+    threshold, config = system.config.agent.answer_confidence, system.config.reward
     for context, answer in items:
         query, _ = collate([context])
         prediction = predict(system, query, RUNTIME)
-        guess, unrefined = predicted_grid(prediction, 0), predicted_grid(prediction, 0, "unrefined")
+        planned, unrefined = predicted_grid(prediction, "planned"), predicted_grid(prediction, "unrefined")
+        guess, second, grids, at_once = reference_attempts(system.prior, context, planned, threshold)
+        right, prior_right = np.array_equal(guess, answer), np.array_equal(grids[0], answer)
         scene, size = system.observe(query), torch.tensor([answer.shape])
         reading, _ = system.read(query, scene, size, max(answer.shape))
         belief = system.plan(scene, reading, prediction.embedding).final()[0]
@@ -100,18 +142,34 @@ def reference_validation(system, items):
         prior = system.prior.preference(context, answer.shape).log_prob
         rows.append(
             {
-                "exact": float(guess.shape == answer.shape and (guess == answer).all()),
+                "exact": right,
+                "exact_of": True,
+                "exact_prior": prior_right,
+                "unsure_exact": right and not at_once,
+                "unsure_exact_of": not at_once,
+                "unsure_exact_prior": prior_right and not at_once,
+                "two_exact": right or np.array_equal(second, answer),
+                "two_exact_of": True,
+                "two_exact_prior": any(np.array_equal(grid, answer) for grid in grids[:2]),
+                "at_once": at_once,
+                "at_once_exact": right and at_once,
+                "at_once_planned": at_once and np.array_equal(planned, answer),
+                "potential": reference_potential(guess, answer, context, config),
+                "potential_prior": reference_potential(grids[0], answer, context, config),
                 "size_accuracy": float(guess.shape == answer.shape),
                 "cells_predicted": union_cells(guess, answer),
                 "cells_unrefined": union_cells(unrefined, answer),
                 "cells_true": float((log_prob.argmax(-1) == answer).mean()),
                 "nats_gained": reference_nats(prior, answer) - reference_nats(log_prob, answer),
-                "steps": float(prediction.steps[0]),
+                "steps": 0.0 if at_once else float(prediction.steps[0]),
             }
         )
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    means["accuracy"], means["exact"] = means["exact"], sum(row["exact"] for row in rows)
-    return {**means, "outputs": len(items), "accuracy_delta": means["cells_predicted"] - means["cells_unrefined"]}
+    counts = {name: sum(row[name] for row in rows) for name, value in rows[0].items() if isinstance(value, bool)}
+    skill = (means["potential"] - means["potential_prior"]) / (1 - means["potential_prior"])
+    delta = means["cells_predicted"] - means["cells_unrefined"]
+    more = {"outputs": len(items), "accuracy": means["exact"], "accuracy_delta": delta, "skill": skill}
+    return {**means, **counts, **more}
 
 
 # Validation ----------------------------------------------------------------------------------------------------------
@@ -126,6 +184,9 @@ def test_validation_equals_brute_force(trained, items):
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, abs=1e-4), name
     assert isinstance(found["outputs"], int) and isinstance(found["exact"], int)
+    assert 0 < found["at_once"] < len(items) and found["unsure_exact_of"] == len(items) - found["at_once"]
+    for name in ("exact", "unsure_exact", "two_exact"):
+        assert found[f"{name}_low"] <= found[name] - found[f"{name}_prior"] <= found[f"{name}_high"], name
     assert sum(ticks) == found["outputs"] == len(items)
     assert found["accuracy"] == found["exact"] / found["outputs"]
     assert found["accuracy_delta"] == found["cells_predicted"] - found["cells_unrefined"]
@@ -196,7 +257,7 @@ def offered_memory(system, items):
     maps, ones = torch.eye(10).expand(2, -1, -1), torch.ones(2)
     system.memory.admit(
         Candidates(["a", "b"], ["a/0", "b/0"], ["same", "same"], features, prompt, torch.ones(2, width), maps, ones,
-                   ones.bool())  # fmt: skip
+                   0 * ones, ones.bool())  # fmt: skip
     )
 
 
@@ -300,13 +361,13 @@ def test_prediction_fills_exactly_the_predicted_size(trained, items):
             assert ((grid[:h, :w] >= 0) & (grid[:h, :w] < 10)).all()
             assert (grid != PAD).sum() == h * w
     assert prediction.sizes.min() >= 1 and prediction.sizes.max() <= 30
-    assert ((prediction.steps >= 1) & (prediction.steps <= trained.config.agent.num_steps)).all()
+    assert ((prediction.steps >= 1) & (prediction.steps <= trained.config.agent.num_steps))[~prediction.at_once].all()
     assert not prediction.embedding.requires_grad
 
 
 def test_prediction_stops_where_the_halting_head_says(trained, items):
     query, _ = collate([c for c, _ in items[:4]])
-    eager = make_system(noise=0.1)
+    eager = make_system(noise=0.1, agent__answer_confidence=NEVER)
     with torch.no_grad():
         eager.agent.halt_head.weight.zero_()
         eager.agent.halt_head.bias.fill_(4.0)
@@ -316,18 +377,65 @@ def test_prediction_stops_where_the_halting_head_says(trained, items):
     assert predict(eager, query, RUNTIME).steps.tolist() == [eager.config.agent.num_steps] * 4
 
 
+@pytest.mark.parametrize("confident", ["none", "half", "all"])
+def test_attempts_are_those_of_the_planner_and_of_the_prior_in_the_order_of_confidence(items, confident):
+    threshold = {"none": NEVER, "half": median_confidence(items), "all": 0.0}[confident]
+    contexts = [dataclasses.replace(c, augmentation=Augmentation(k % 8)) for k, (c, _) in enumerate(items)]
+    system = make_system(noise=0.1, agent__answer_confidence=threshold)
+    prediction = predict(system, collate(contexts)[0], RUNTIME)
+    for b, context in enumerate(contexts):
+        planned = predicted_grid(prediction, "planned", b)
+        first, second, _, at_once = reference_attempts(system.prior, context, planned, threshold)
+        assert np.array_equal(predicted_grid(prediction, "grid", b), first)
+        assert np.array_equal(predicted_grid(prediction, "second", b), second)
+        assert not np.array_equal(first, second)
+        assert bool(prediction.at_once[b]) == at_once == (prediction.steps[b] == 0)
+        assert not at_once or np.array_equal(predicted_grid(prediction, "unrefined", b), first)
+        assert prediction.sizes[b].tolist() == list(first.shape)
+    share = prediction.at_once.float().mean()
+    assert {"none": share == 0, "half": 0 < share < 1, "all": share == 1}[confident]
+
+
+def test_confidence_changes_nothing_in_what_is_planned(items, trained):
+    query, _ = collate([c for c, _ in items])
+    never = make_system(noise=0.1, agent__answer_confidence=NEVER)
+    some, none = (predict(system, query, RUNTIME) for system in (trained, never))
+    assert some.at_once.any() and not none.at_once.any()
+    assert torch.equal(some.planned, none.planned) and torch.equal(none.planned, none.grid)
+    assert torch.equal(some.steps[~some.at_once], none.steps[~some.at_once])
+
+
+def test_two_attempts_by_hand():
+    grids = {"a": ("12", "34"), "b": ("12", "35"), "c": ("12",), "-": ()}
+    cases = [  # planned, candidates, at once -> first, second
+        ("a", "bc", False, "ab"), ("a", "bc", True, "ba"), ("a", "ab", False, "ab"), ("a", "ab", True, "ab"),
+        ("a", "cb", False, "ac"), ("c", "cb", False, "cb"), ("c", "c-", False, "cc"), ("c", "c-", True, "cc"),
+        ("b", "c-", True, "cb"), ("b", "--", False, "bb"),
+    ]  # fmt: skip
+
+    def canvas(names):
+        empty = np.zeros((0, 0), np.uint8)
+        return stacked([grid(*grids[name]) if grids[name] else empty for name in names], 3)
+
+    planned = canvas([case[0] for case in cases])
+    candidates = torch.stack([canvas([case[1][k] for case in cases]) for k in (0, 1)], 1)
+    first, second = two_attempts(planned, candidates, torch.tensor([case[2] for case in cases]))
+    assert torch.equal(first, canvas([case[3][0] for case in cases]))
+    assert torch.equal(second, canvas([case[3][1] for case in cases]))
+
+
 def test_prediction_turns_with_the_task(items):
     """An untrained system sees a turned task as the same task: its sizes and the prior's cells turn along."""
     contexts = [c for c, _ in items[:6]]
     turned = [dataclasses.replace(c, augmentation=Augmentation(1)) for c in contexts]
-    system = make_system(memory__use_memory=False)
+    system = make_system(memory__use_memory=False, agent__answer_confidence=NEVER)
     with torch.no_grad():
         system.agent.read_trust.zero_()
     plain, other = (predict(system, collate(x)[0], RUNTIME) for x in (contexts, turned))
     assert torch.equal(other.sizes, plain.sizes.flip(1))
     for b, context in enumerate(turned):
-        expected = context.augmentation.apply(predicted_grid(plain, b))
-        assert (predicted_grid(other, b) == expected).mean() > 0.95
+        expected = context.augmentation.apply(predicted_grid(plain, b=b))
+        assert (predicted_grid(other, b=b) == expected).mean() > 0.95
 
 
 def test_decode_takes_the_final_belief_inside_the_mask():
@@ -370,15 +478,14 @@ def sizes_of(grids):
 @pytest.mark.parametrize("own_side, side", [(6, 6), (9, 6), (6, 12)])
 def test_judge_equals_brute_force(own_side, side):
     rng = np.random.default_rng(own_side + side)
-    tally, expected = Tally(), {"exact": [], "size": [], "after": [], "before": [], "steps": []}
+    tally, expected = Tally(), {"size": [], "after": [], "before": [], "steps": []}
     for batch in (7, 1, 20):
         guesses, unrefined, answers = zip(*(random_case(rng, k % 4) for k in range(batch)), strict=True)
         steps = torch.from_numpy(rng.integers(1, 5, batch))
         shown, plain = stacked(guesses, own_side), stacked(unrefined, own_side)
-        prediction = Prediction(sizes_of(guesses), shown, plain, None, steps, None)
+        prediction = Prediction(shown, None, plain, None, None, None, steps, None, None)
         judge(tally, prediction, Answer(stacked(answers, side), sizes_of(answers)))
         for guess, plain, answer in zip(guesses, unrefined, answers, strict=True):
-            expected["exact"].append(guess.shape == answer.shape and bool((guess == answer).all()))
             expected["size"].append(guess.shape == answer.shape)
             expected["after"].append(union_cells(guess, answer))
             expected["before"].append(union_cells(plain, answer))
@@ -387,7 +494,84 @@ def test_judge_equals_brute_force(own_side, side):
         assert tally.counts[name] == 28
         assert tally.sums[name] == pytest.approx(sum(per_output), abs=1e-4), name
         assert tally.mean(name) == pytest.approx(np.mean(per_output), abs=1e-5), name
-    assert sum(expected["exact"]) >= 8  # those of kind 0
+
+
+# Beside the prior ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("won, lost, outputs", [(15, 0, 1076), (9, 4, 50), (2, 7, 12), (1, 0, 8), (30, 30, 60)])
+def test_paired_interval_equals_a_bootstrap_that_draws_outputs(won, lost, outputs):
+    each = np.repeat([1, -1, 0], [won, lost, outputs - won - lost])
+    rng = np.random.default_rng(1)
+    sums = np.concatenate([rng.choice(each, (500, outputs)).sum(1) for _ in range(20)])
+    expected = np.quantile(sums, (0.025, 0.975))
+    low, high = paired_interval(won, lost, outputs)
+    assert abs(low - expected[0]) <= 1 and abs(high - expected[1]) <= 1
+    assert low <= won - lost <= high
+    assert (low, high) == paired_interval(won, lost, outputs)
+
+
+def test_paired_interval_of_special_cases():
+    assert paired_interval(0, 0, 0) == paired_interval(0, 0, 100) == (0, 0)
+    assert paired_interval(5, 0, 5) == (5, 5)
+    assert paired_interval(15, 0, 1076)[0] > 0 > paired_interval(0, 15, 1076)[1]
+    low, high = paired_interval(20, 15, 1076)
+    assert low < 0 < high
+    assert isinstance(low, int) and isinstance(high, int)
+
+
+def test_where_the_prior_answers_everything_nothing_lies_beside_it(items):
+    system = make_system(noise=0.1, agent__answer_confidence=0.0)
+    found, trivial = validate(system, RUNTIME, items, ALL_AT_ONCE), baselines(items, system.prior)
+    assert found["exact"] == found["exact_prior"] == trivial["prior_exact"] == found["at_once_exact"]
+    assert found["two_exact_prior"] == trivial["prior_two_exact"]
+    assert (found["exact_low"], found["exact_high"], found["unsure_exact_of"]) == (0, 0, 0)
+    assert found["potential"] == found["potential_prior"] and found["skill"] == found["steps"] == 0
+    assert found["accuracy_delta"] == 0 and found["size_accuracy"] == pytest.approx(trivial["rule_size"])
+
+
+class FixedPrior(PriorCache):
+    """A prior that answers what it is told: {task id: (confidence, candidates)}, of the first candidate's size."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = answers
+
+    def _sizes(self, context):
+        return [(self.answers[context.task_id][1][0].shape, 1.0)]
+
+    def _preference(self, context, shape):
+        confidence, grids = self.answers[context.task_id]
+        inside = [(grid, 1 / len(grids), f"candidate {k}") for k, grid in enumerate(grids) if grid.shape == shape]
+        return Preference(np.full((*shape, 10), -math.log(10), np.float32), confidence, inside)
+
+
+def test_validation_counts_confident_unsure_and_second_attempts_by_hand(monkeypatch):
+    demos = ((grid("12", "34"), grid("12", "34")),) * 2
+    right, wrong, other = grid("21", "43"), grid("99", "99"), grid("98", "99")
+    answers = {
+        "sure": (0.95, [right, wrong]),  # right at once
+        "oversure": (0.9, [wrong, right]),  # wrong at once; the second attempt is the planner's
+        "unsure": (0.5, [wrong, right]),  # the planner answers, then the first candidate
+        "hidden": (0.2, [wrong, other]),
+    }
+    items = [(Context(name, "test:0", demos, grid("21", "43")), right) for name in answers]
+    system = make_system(agent__answer_confidence=0.9, memory__use_memory=False)
+    system.prior = FixedPrior(answers)
+    planned = {"unsure": grid("11", "11"), "hidden": right, "sure": right, "oversure": right}
+    (order,) = evaluation_batches(items, ALL_AT_ONCE)
+    plans = stacked([planned[items[i][0].task_id] for i in order], 3)
+    monkeypatch.setattr(Trajectory, "decode", lambda self: plans)
+    found = validate(system, RUNTIME, items, ALL_AT_ONCE)
+    expected = {
+        "outputs": 4, "exact": 2, "exact_prior": 1, "unsure_exact": 1, "unsure_exact_of": 2, "unsure_exact_prior": 0,
+        "at_once": 2, "at_once_exact": 1, "at_once_planned": 2, "two_exact": 3, "two_exact_prior": 3,
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+    intervals = {"exact": (1, 0, 4), "unsure_exact": (1, 0, 2), "two_exact": (1, 1, 4)}  # won, lost, outputs
+    for name, counts in intervals.items():
+        assert (found[f"{name}_low"], found[f"{name}_high"]) == paired_interval(*counts), name
+    assert found["potential"] > found["potential_prior"] and 0 < found["skill"] < 1
 
 
 def test_tally_divides_once_and_knows_when_it_is_empty():
@@ -442,8 +626,20 @@ def test_baselines_by_hand():
     guesses = [PriorCache().preference(c, a.shape).log_prob.argmax(-1) for c, a in items]
     cells = [float((g == a).mean()) for g, (_, a) in zip(guesses, items, strict=True)]
     assert found["prior_cells"] == pytest.approx(np.mean(cells))
-    assert found["prior_exact"] == sum(share == 1 for share in cells[:4])  # the odd one has the wrong size
     assert cells[0] == 1
+
+
+def test_exact_matches_of_the_prior_are_those_of_its_best_candidates_at_its_own_size():
+    demos = ((grid("12", "34"), grid("12", "34")),) * 2
+    right, wrong = grid("21", "43"), grid("99", "99")
+    answers = {
+        "first": (0.9, [right, wrong]), "second": (0.9, [wrong, right]),
+        "third": (0.9, [wrong, grid("98", "99"), right]),
+        "size": (0.9, [grid("21"), right]),  # candidates of another size never come with the likeliest one
+    }  # fmt: skip
+    items = [(Context(name, "test:0", demos, grid("21", "43")), right) for name in answers]
+    found = baselines(items, FixedPrior(answers))
+    assert (found["prior_exact"], found["prior_two_exact"], found["rule_size"]) == (1, 2, 3 / 4)
 
 
 def test_baselines_are_judged_in_the_augmented_frame():

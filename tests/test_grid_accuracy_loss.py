@@ -26,6 +26,7 @@ from grid_accuracy_loss import (
     decode_states,
     exact_match,
     grid_colors,
+    grid_sizes,
     initial_likelihood,
     input_views,
     parameter_count,
@@ -200,6 +201,13 @@ def test_agent_gives_the_same_belief_for_every_form_of_a_grid(shape):
             found = agent(grid, prompt)
             assert torch.equal(found.forward, expected.forward), name
             assert torch.equal(found.halt_logits, expected.halt_logits), name
+
+
+def test_grid_sizes_count_the_cells_that_are_not_padding():
+    sizes = torch.tensor([[1, 1], [2, 5], [6, 3], [0, 0]])
+    grid = torch.where(size_mask(sizes, 6), 0, PAD)
+    assert torch.equal(grid_sizes(grid), sizes)
+    assert torch.equal(grid_sizes(grid[:, :, :5].transpose(1, 2)), sizes.flip(1))
 
 
 def test_agent_reads_a_bare_grid_and_its_query_alike():

@@ -32,10 +32,11 @@ from arc_data import (
     test_contexts,
 )
 from config import DataConfig
-from demo_prior import Preference, context_features, demo_prior, size_prior
+from demo_prior import Preference, demo_prior, size_prior
 from model_persistence import list_checkpoints
 from prior_cache import PriorCache
 from prior_store import decode_preference, encode_preference
+from task_features import context_features
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,16 @@ def test_size_marginals_and_features_of_a_batch_follow_the_view(augmented):
                 p = sum(p for shape, p in sizes if shape[axis] == n)
                 assert math.isclose(float(marginals[b, axis, n - 1].exp()), 0.997 * p + 1e-4, rel_tol=1e-4)
         assert np.array_equal(features[b].numpy(), context_features(context.demonstrations, context.input))
+
+
+def test_likeliest_sizes_follow_the_view(augmented):
+    query, _ = collate(augmented)
+    found = PriorCache().likeliest_sizes(query)
+    for context, shape in zip(augmented, found, strict=True):
+        sizes = size_prior(context.demonstrations, context.input)
+        best = max(sizes, key=lambda item: item[1])[0]
+        assert shape == (best[::-1] if context.augmentation.transposes else best)
+    assert any(context.augmentation.transposes and h != w for context, (h, w) in zip(augmented, found, strict=True))
 
 
 def test_the_prior_of_a_training_query_does_not_depend_on_its_answer():

@@ -409,6 +409,48 @@ def test_further_lines():
     assert report.update_ratio_line(1.1e-5) == "  Qwen update ratio: 1.1e-05"
     assert report.speed_line(12345.4) == "  Cells per second: 12345"
     assert report.banner_line("device", "cpu") == "device    cpu"
+    assert report.beside_prior_line("Exact at two attempts", 290, 1076, 275, 4, 26) == (
+        "  Exact at two attempts: 290 of 1076 | demo prior 275 | difference +15 [+4, +26]"
+    )
+    assert report.beside_prior_line("Exact", 3, 8, 4, -3, 0).endswith("difference -1 [-3, +0]")
+    assert report.at_once_line(231, 1076, 220, 210) == (
+        "  Answered at once by the prior: 231 of 1076, 220 right | planner there 210"
+    )
+    assert report.potential_line(0.731, 0.719, 0.0427) == (
+        "  Potential: 0.731 | demo prior 0.719 | over the prior +0.012 | skill +0.043"
+    )
+
+
+TRAIN = {"loss": 2.0, "reward": 0.0, "qwen_grad": 0.1, "qwen_upd": 1e-4, "term/risk": 0.5, "term/step": 0.25}
+BASE = {"copy_cells": 0.5, "color_cells": 0.6, "prior_cells": 0.8, "copy_exact": 0, "color_exact": 21,
+        "prior_exact": 275, "rule_size": 0.9}  # fmt: skip
+SCORES = {
+    "exact": 290, "outputs": 1076, "accuracy_delta": 0.0, "cells_true": 0.81, "cells_predicted": 0.79,
+    "cells_unrefined": 0.79, "size_accuracy": 0.91, "nats_gained": 0.1, "prompt_gap": 0.0,
+    "exact_of": 1076, "exact_prior": 275, "exact_low": 4, "exact_high": 26,
+    "unsure_exact": 40, "unsure_exact_of": 800, "unsure_exact_prior": 25,
+    "unsure_exact_low": 5, "unsure_exact_high": 27,
+    "two_exact": 320, "two_exact_of": 1076, "two_exact_prior": 290, "two_exact_low": 18, "two_exact_high": 42,
+    "at_once": 276, "at_once_exact": 250, "at_once_planned": 240,
+    "potential": 0.73, "potential_prior": 0.72, "skill": 0.036,
+}  # fmt: skip
+
+
+def test_summary_of_an_epoch_compares_with_the_prior_below_the_trivial_answers():
+    memory = {"size": 3, "theta": 0.5}
+    lines = report.full_summary(0, TRAIN, SCORES, BASE, memory, 100.0).splitlines()
+    start = lines.index("  Exact: 290 | copy-input 0 | one-colour 21 | demo prior 275")
+    assert lines[start + 1 : start + 7] == [
+        "  Exact beside the prior: 290 of 1076 | demo prior 275 | difference +15 [+4, +26]",
+        "  Exact where the prior is unsure: 40 of 800 | demo prior 25 | difference +15 [+5, +27]",
+        "  Exact at two attempts: 320 of 1076 | demo prior 290 | difference +30 [+18, +42]",
+        "  Answered at once by the prior: 276 of 1076, 250 right | planner there 240",
+        "  Potential: 0.730 | demo prior 0.720 | over the prior +0.010 | skill +0.036",
+        "  Size accuracy: 0.910 (rule 0.900)",
+    ]
+    assert "  Val Accuracy: 0.2695 (290/1076)" in lines
+    unjudged = report.full_summary(0, TRAIN, None, None, memory, 100.0)
+    assert "demo prior" not in unjudged and "at once" not in unjudged
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from solver2 import Candidates, EmaThreshold, MemoryBuffer, MemoryReader, ZTable
 FEATURES, PROMPT = 6, 8
 
 
-def make_candidates(tasks, *, pairs=None, score=1.0, exact=None, seed=0, features=None, prompt=None):
+def make_candidates(tasks, *, pairs=None, score=1.0, prior=0.0, exact=None, seed=0, features=None, prompt=None):
     """Return random candidates, one per task id."""
     generator = torch.Generator().manual_seed(seed)
     count = len(tasks)
@@ -26,7 +26,8 @@ def make_candidates(tasks, *, pairs=None, score=1.0, exact=None, seed=0, feature
         features=torch.rand(count, FEATURES, generator=generator) if features is None else features,
         prompt=torch.randn(count, PROMPT, generator=generator) if prompt is None else prompt,
         delta=torch.randn(count, PROMPT, generator=generator), color_map=color_map / color_map.sum(-1, keepdim=True),
-        score=score_B, exact=score_B >= 1.0 if exact is None else torch.as_tensor(exact).expand(count).clone())
+        score=score_B, prior_score=torch.as_tensor(prior, dtype=torch.float32).expand(count).clone(),
+        exact=score_B >= 1.0 if exact is None else torch.as_tensor(exact).expand(count).clone())
 
 
 def make_memory(**settings):
@@ -226,13 +227,25 @@ def test_recall_with_nan_query_returns_nothing():
     assert not recall.valid.any() and recall.weights[0, -1] == 1 and recall.similarity.isfinite().all()
 
 
-@pytest.mark.parametrize("field", ["features", "prompt", "delta", "color_map", "score"])
+@pytest.mark.parametrize("field", ["features", "prompt", "delta", "color_map", "score", "prior_score"])
 def test_admit_leaves_out_what_is_not_finite(field):
     memory, candidates = make_memory(), make_candidates(["a", "b", "c"])
     getattr(candidates, field).view(3, -1)[1, 0] = math.nan
     assert memory.admit(candidates) == 2
     assert memory.state_dict()["names"]["task"] == ["a", "c"]
     assert memory.state_dict()["mean"].isfinite().all()
+
+
+def test_admit_leaves_out_what_the_prior_answers_as_well_and_the_threshold_sees_it():
+    score, prior = [0.6, 0.6, 1.0, 1.0, 0.1], [0.5, 0.6, 1.0, 0.9, 0.0]
+    memory = make_memory(threshold_low=0.2)
+    assert memory.admit(make_candidates(list("abcde"), score=score, prior=prior)) == 2
+    state = memory.state_dict()
+    assert state["names"]["task"] == ["a", "d"]  # e beats the prior, and stays below the threshold
+    alone = make_memory(threshold_low=0.2)
+    alone.admit(make_candidates(list("abcde"), score=score))
+    assert state["threshold"] == alone.state_dict()["threshold"] and state["threshold"]["count"] == 5
+    assert state["counters"]["offered"] == 5 and len(alone) == 4
 
 
 def test_capacity_holds_and_the_least_useful_entry_leaves():
