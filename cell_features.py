@@ -153,7 +153,7 @@ def keys(scene: Scene) -> dict[str, np.ndarray]:
 
 
 def _key(*parts: np.ndarray) -> np.ndarray:
-    """Return one number for up to 9 parts below 64 (wrapping products keep different keys apart in practice)."""
+    """Return one number for up to 9 parts below 67, another one for other parts."""
     total = np.zeros(parts[0].shape, np.int64)
     for part in parts:
         total = total * 67 + part

@@ -32,6 +32,7 @@ MAX_DEMONSTRATIONS = 16  # those after them are left out
 EVIDENCE_FLOOR = 1e-3  # uniform share of every voice when it is judged
 HISTOGRAM_SMOOTHING = 0.1  # added to each colour of the summed histograms
 INPUT_SHARE = 0.4  # weight of the input's own colours in the histogram
+TREE_PRIOR, TABLE_PRIOR = 4.0, -1.0  # log weights of trees and tables beside single layers
 BACKOFF = 0.5  # weight of what counts back off to, in cells
 MAX_READINGS = 40
 LAYER_VOICES = 8  # best layers that speak for themselves
@@ -160,13 +161,13 @@ class Problem:
 
 class Voice(NamedTuple):
     """What one hypothesis says: log-likelihood of the `cells` known ones, each predicted from the other groups, and
-    probabilities [n, 10] of the test's cells. The kind decides its prior."""
+    probabilities [n, 10] of the test's cells. `log_prior` is its weight where evidence is equal."""
 
     name: str
     evidence: float
     prob: np.ndarray
     cells: int
-    kind: str = ""
+    log_prior: float = 0.0
 
 
 def _counts(grid: Grid) -> np.ndarray:
@@ -260,7 +261,7 @@ def count_keys(problem: Problem, name: str, key: np.ndarray, base: Reading) -> V
     back = base.table[problem.known, base.symbols[: problem.num_known], problem.colors]
     right = (total[cell] - own[problem.known, cell] + BACKOFF * back) / (cells + BACKOFF)
     counts = per_key[asked] + BACKOFF * base.table[-1, base.symbols[problem.num_known :]]
-    return problem.judged(name, right, counts / counts.sum(1, keepdims=True))._replace(kind="table")
+    return problem.judged(name, right, counts / counts.sum(1, keepdims=True))._replace(log_prior=TABLE_PRIOR)
 
 
 def position_voice(problem: Problem, base: np.ndarray) -> Voice:
@@ -358,9 +359,9 @@ def _tree_voices(problem: Problem, readings: list[Reading], effort: str) -> Iter
     name = f"choice by cell between {chosen[0].layer.name}"
     if len(chosen) > 1:
         name += f", {readings[0].layer.name if chosen[0] is not readings[0] else chosen[1].layer.name} and others"
-    yield problem.voice(name, predict_left_out(cells, base))._replace(kind="tree")
+    yield problem.voice(name, predict_left_out(cells, base))._replace(log_prior=TREE_PRIOR)
     if effort == "full":
-        yield problem.voice(f"{name} (bagged)", bagged_left_out(cells, base))._replace(kind="tree")
+        yield problem.voice(f"{name} (bagged)", bagged_left_out(cells, base))._replace(log_prior=TREE_PRIOR)
 
 
 # 5. All voices --------------------------------------------------------------------------------------------------------
@@ -414,8 +415,8 @@ def _rewrites(demonstrations: Demonstrations, test_input: Grid, shape: Shape, ef
 def _rewritten(rewrite: Rewrite) -> Iterator[Voice]:
     """Yield the voices of a rewritten task, in the colours and places of the task."""
     for voice in voices_of(Problem(rewrite.demonstrations, rewrite.test_input, rewrite.shape), "standard"):
-        name, evidence = f"{rewrite.name}: {voice.name}", voice.evidence + rewrite.log_prior
-        yield voice._replace(name=name, evidence=evidence, prob=rewrite.restore(voice.prob))
+        name, log_prior = f"{rewrite.name}: {voice.name}", voice.log_prior + rewrite.log_prior
+        yield voice._replace(name=name, prob=rewrite.restore(voice.prob), log_prior=log_prior)
 
 
 def _best_replaced(demonstrations: Demonstrations, test_input: Grid, shape: Shape) -> list[Rewrite]:
@@ -452,9 +453,9 @@ def _nats_per_cell(voices: list[Voice]) -> float:
 
 # 6. Mixture -----------------------------------------------------------------------------------------------------------
 
+# The log priors, the temperatures and the table were fitted on the development half of ARC-2 training
 TEMPERATURE = 0.15  # of the evidence: cells of a grid are not independent
 SECOND_TEMPERATURE = 0.05  # the same when the candidates after the first are ranked
-KIND_PRIOR = {"tree": 4.0, "table": -1.0}  # log weights; all three, and the table, from half of ARC-2 training
 CALIBRATION = (
     # below these nats per cell: sharpness, floor, probability that the first candidate is right
     (0.002, 1.0, 0.005, 0.97),
@@ -485,7 +486,7 @@ def _mix(voices: list[Voice], num_demonstrations: int, shape: Shape) -> Preferen
 
 def _shares(voices: list[Voice], temperature: float) -> np.ndarray:
     """Return the posterior weights of the voices, which sum to 1."""
-    values = np.array([temperature * voice.evidence + KIND_PRIOR.get(voice.kind, 0.0) for voice in voices])
+    values = np.array([temperature * voice.evidence + voice.log_prior for voice in voices])
     shares = np.exp(values - values.max())
     return shares / shares.sum()
 

@@ -16,6 +16,7 @@ from grid_hypotheses import NUM_COLORS, VIEWS, Grid, Layer, Scene, Shape
 
 Demonstrations = Sequence[tuple[Grid, Grid]]
 IDENTITY = np.arange(NUM_COLORS)
+TURNED_PRIOR = -1.0  # log weight of what a turned task says
 
 
 class Rewrite(NamedTuple):
@@ -90,7 +91,7 @@ def turned_alike(demonstrations: Demonstrations, test_input: Grid, shape: Shape,
     pairs = [(_turned(a, turn), _turned(b, turn)) for turn, (a, b) in zip(turns, demonstrations, strict=False)]
     places = VIEWS[turns[-1]](np.arange(shape[0] * shape[1]).reshape(shape))
     yield Rewrite(f"turned by the {toward}", pairs, _turned(test_input, turns[-1]), places.shape,
-                  cells=np.argsort(places.ravel()))  # fmt: skip
+                  cells=np.argsort(places.ravel()), log_prior=TURNED_PRIOR)  # fmt: skip
 
 
 def _turned(grid: Grid, turn: int) -> Grid:
@@ -115,7 +116,7 @@ def _turn(scene: Scene, toward: str) -> int:
 
 # families whose results may take the input's place
 REPLACING = {"foreground", "distinct", "mirror", "gravity", "largest", "specks", "unify"}
-REPLACED_PRIOR = -2.0
+REPLACED_PRIOR = -0.3
 
 
 def replaced_inputs(

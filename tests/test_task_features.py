@@ -42,7 +42,8 @@ def test_canonical_colours_rank_by_frequency_and_the_colour_map_follows_them():
     table = color_map(demonstrations, canonical)
     assert table.dtype == np.float32 and np.allclose(table.sum(1), 1)
     assert table[0, 0] == 1 and table[1, 2] == 1 and np.allclose(table[2:], 0.1)
-    assert np.allclose(color_map([(grid([1]), grid([1, 1]))], canonical), 0.1)
+    for other_shape in (grid([1, 1, 1]), grid([1], [1])):
+        assert np.allclose(color_map([(grid([1, 1]), other_shape)], canonical), 0.1)
     view = Augmentation(3, (0, 2, 3, 4, 5, 6, 7, 8, 9, 1))
     turned, x = seen(view, demonstrations, grid([2, 2]))
     assert np.allclose(color_map(turned, canonical_colors(turned, x))[:3], table[:3])
@@ -95,7 +96,8 @@ def test_features_of_random_tasks_do_not_change_with_the_view(seed):
 def test_features_say_what_a_task_by_hand_is():
     a = grid([0, 0, 3], [0, 3, 0])
     b = np.where(a == 3, 4, a).astype(np.uint8)
-    values = context_features([(a, b), (a[:, ::-1], b[:, ::-1])], grid([0, 3], [3, 0]))
+    demonstrations, x = [(a, b), (a[:, ::-1], b[:, ::-1])], grid([0, 3], [3, 3])
+    values = context_features(demonstrations, x)
     shown = {
         0: 0.2,  # demonstrations of ten
         1: 1,  # same size
@@ -110,6 +112,7 @@ def test_features_say_what_a_task_by_hand_is():
         20: 1,  # which is the same in all
         21: 1,  # colours that a demonstration shares with the test input
         22: 4 / 6,  # the most frequent colour of an input
+        23: 4 / 6,
         24: 4 / 6,  # cells that are kept
         25: 0,
         26: 0,  # changed cells that had the most frequent colour
@@ -119,3 +122,6 @@ def test_features_say_what_a_task_by_hand_is():
     }
     for place, value in shown.items():
         assert np.isclose(values[place], value), place
+    swapped = np.array([4, 1, 2, 0, 3, 5, 6, 7, 8, 9], np.uint8)  # no colour has a role of its own, not even 0
+    renamed = [(swapped[a], swapped[b]) for a, b in demonstrations]
+    assert np.array_equal(context_features(renamed, swapped[x]), values)

@@ -186,7 +186,7 @@ def test_rewriting_twice_comes_back_the_same_way(seed):
     for turned in turned_alike(demonstrations, x, answer.shape, "foreground"):
         for ranked in ranked_colors(turned.demonstrations, turned.test_input, turned.shape):
             both = turned.then(ranked._replace(log_prior=-3.0))
-            assert both.name == f"{turned.name}, {ranked.name}" and both.log_prior == -3.0
+            assert both.name == f"{turned.name}, {ranked.name}" and both.log_prior == turned.log_prior - 3.0
             assert both.demonstrations is ranked.demonstrations and both.shape == turned.shape
             prob = np.random.default_rng(seed).random((answer.size, 10))
             assert np.array_equal(both.restore(prob), turned.restore(ranked.restore(prob)))

@@ -1,0 +1,1216 @@
+"""Hypotheses for outputs of the input's shape: what moves, grows, is joined, filled, stamped, completed or marked.
+
+The same contract as in grid_hypotheses: pure functions from a scene and a wanted shape to symbols, ties to what comes
+first in reading order. Imports numpy and grid_hypotheses; used by demo_prior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial, wraps
+
+import numpy as np
+
+from grid_hypotheses import (
+    DOWN,
+    LEFT,
+    MARK,
+    NUM_COLORS,
+    RIGHT,
+    UP,
+    VIEWS,
+    Box,
+    Grid,
+    Layer,
+    ObjectSet,
+    Panels,
+    Scene,
+    for_same_shape,
+    label,
+    most_common,
+    neighbor_counts,
+    on_objects,
+    unview,
+    view,
+)
+
+MAX_MOVERS = 20  # objects that move
+MAX_TEMPLATES = 4
+MAX_SOURCES = 200  # foreground cells to which distances are measured
+MAX_JOINED = 8  # cells that are joined in pairs
+HIGHEST = 20  # the largest number that a mark stands for
+STEPS8 = tuple((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b)
+
+
+# 1. Helpers -----------------------------------------------------------------------------------------------------------
+
+
+class Parts(ObjectSet):
+    """The components of any cells of a scene, with the properties of an ObjectSet."""
+
+    def __init__(self, scene: Scene, mask: np.ndarray, *, diagonal: bool, one_color: bool):
+        self.scene = scene
+        self.labels, self.count = label(scene.grid, mask, diagonal, one_color)
+
+
+@lru_cache(maxsize=4)
+def _regions(scene: Scene) -> Parts:
+    """Return the 4-connected regions of the background."""
+    return Parts(scene, scene.ground, diagonal=False, one_color=False)
+
+
+@lru_cache(maxsize=4)
+def _blocks(scene: Scene) -> Parts:
+    """Return the 4-connected objects of one colour."""
+    return Parts(scene, scene.foreground, diagonal=False, one_color=True)
+
+
+def _number(values: np.ndarray) -> np.ndarray:
+    """Return marks for numbers from 0, those above HIGHEST alike."""
+    return MARK + np.minimum(values, HIGHEST)
+
+
+def _box_sides(parts: ObjectSet) -> tuple[np.ndarray, np.ndarray]:
+    """Return heights and widths of the boxes of the parts, from index 1 on."""
+    sides = [(box[0].stop - box[0].start, box[1].stop - box[1].start) for box in parts.boxes]
+    height, width = np.array([(0, 0), *sides]).T
+    return height, width
+
+
+def _touching(labels: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Return (label, colour) of the 4-neighbouring pairs of a labelled cell and an unlabelled one."""
+    pairs = []
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:-1], np.s_[1:]), (np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:, :-1], np.s_[:, 1:])):
+        is_edge = (labels[a] > 0) & (labels[b] == 0)
+        pairs.append((labels[a][is_edge], grid[b][is_edge]))
+    groups, colors = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    return groups, colors
+
+
+def _erode(mask: np.ndarray, diagonal: bool) -> np.ndarray:
+    """Return the cells all of whose 8 (or 4) neighbours are set; beyond the border none is."""
+    return mask & (neighbor_counts(mask, diagonal) == (8 if diagonal else 4))
+
+
+def _depth(mask: np.ndarray, diagonal: bool) -> np.ndarray:
+    """Return how many erosions each set cell outlives, 0 outside."""
+    depth = np.zeros(mask.shape, np.int64)
+    while mask.any():
+        depth += mask
+        mask = _erode(mask, diagonal)
+    return depth
+
+
+def _cast(free: np.ndarray, row: int, column: int, step: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cells from a cell on (without it) in a direction, up to the first that is not free."""
+    distance = np.arange(1, max(free.shape))
+    rows, columns = row + step[0] * distance, column + step[1] * distance
+    is_inside = (rows >= 0) & (rows < free.shape[0]) & (columns >= 0) & (columns < free.shape[1])
+    rows, columns = rows[is_inside], columns[is_inside]
+    is_free = free[rows, columns]
+    end = len(is_free) if is_free.all() else int(is_free.argmin())
+    return rows[:end], columns[:end]
+
+
+# 2. Background regions ------------------------------------------------------------------------------------------------
+
+
+def on_regions(function: Callable[..., Grid | None]) -> Callable[..., Grid | None]:
+    """Return a hypothesis that asks `function(scene, regions, ...)` for the same shape where there are two regions."""
+
+    @wraps(function)
+    def hypothesis(scene: Scene, **parameters) -> Grid | None:
+        regions = _regions(scene)
+        return function(scene, regions, **parameters) if regions.count > 1 else None
+
+    return for_same_shape(hypothesis)
+
+
+def _mark_regions(scene: Scene, regions: Parts, values: np.ndarray) -> Grid:
+    return np.where(scene.ground, _number(values)[regions.labels], scene.grid)
+
+
+@on_regions
+def mark_region_sizes(scene: Scene, regions: Parts) -> Grid:
+    """Return the grid with every background region marked by its cells."""
+    return _mark_regions(scene, regions, regions.sizes)
+
+
+@on_regions
+def mark_region_extremes(scene: Scene, regions: Parts) -> Grid:
+    """Return the grid with the background marked: largest regions, smallest ones, others."""
+    sizes = regions.sizes
+    kind = np.where(sizes == sizes.max(), 0, np.where(sizes == sizes[1:].min(), 1, 2))
+    return _mark_regions(scene, regions, kind)
+
+
+@on_regions
+def mark_region_forms(scene: Scene, regions: Parts) -> Grid:
+    """Return the grid with every background region marked: square, other rectangle, other shape."""
+    height, width = _box_sides(regions)
+    is_full = regions.sizes == height * width
+    return _mark_regions(scene, regions, np.where(is_full & (height == width), 0, np.where(is_full, 1, 2)))
+
+
+@on_regions
+def mark_region_parity(scene: Scene, regions: Parts) -> Grid:
+    """Return the grid with every background region marked by whether its cells, then its width, are odd."""
+    return _mark_regions(scene, regions, regions.sizes % 2 + 2 * (_box_sides(regions)[1] % 2))
+
+
+@on_regions
+def mark_region_borders(scene: Scene, regions: Parts) -> Grid:
+    """Return the grid with every background region marked by the number of borders that it touches."""
+    touched = np.zeros(regions.count + 1, np.int64)
+    labels = regions.labels
+    for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
+        touched[np.unique(edge)] += 1
+    return _mark_regions(scene, regions, touched)
+
+
+@on_regions
+def fill_from_seeds(scene: Scene, regions: Parts) -> Grid | None:
+    """Return the grid with every background region in the colour that touches it most, the commonest colour aside."""
+    groups, colors = _touching(regions.labels, scene.grid)
+    is_seed = colors != scene.by_frequency[0]
+    if not is_seed.any():
+        return None
+    best = most_common(groups[is_seed], colors[is_seed], regions.count + 1)
+    return np.where(scene.ground & (best >= 0)[regions.labels], best[regions.labels], scene.grid)
+
+
+@on_regions
+def fill_from_frame(scene: Scene, regions: Parts) -> Grid | None:
+    """Return the grid with every enclosed background region in the colour that touches it most."""
+    if not scene.enclosed.any():
+        return None
+    best = most_common(*_touching(regions.labels, scene.grid), regions.count + 1)
+    return np.where(scene.enclosed, best[regions.labels], scene.grid)
+
+
+@for_same_shape
+def fill_between_walls(scene: Scene, closed: bool) -> Grid | None:
+    """Return the grid with each region between walls of the commonest colour in the commonest other colour in it.
+
+    With `closed` only regions that do not touch the border change.
+    """
+    if len(scene.by_frequency) < 2:
+        return None
+    inside = scene.grid != scene.by_frequency[0]
+    rooms = Parts(scene, inside, diagonal=False, one_color=False)
+    is_seed = inside & scene.foreground
+    best = most_common(rooms.labels[is_seed], scene.grid[is_seed], rooms.count + 1)
+    is_filled = best >= 0
+    if closed:
+        is_filled &= rooms.is_at_border == 0
+    is_filled[0] = False
+    return np.where(is_filled[rooms.labels], best[rooms.labels], scene.grid)
+
+
+# 3. Distances ---------------------------------------------------------------------------------------------------------
+
+
+@for_same_shape
+def mark_object_depth(scene: Scene, diagonal: bool) -> Grid:
+    """Return the grid with every one-colour object marked by the distance to its edge."""
+    grid = np.pad(scene.grid, 1, constant_values=-1)
+    middle, core = grid[1:-1, 1:-1], scene.foreground.copy()
+    height, width = scene.shape
+    for a, b in STEPS8:
+        if diagonal or not a or not b:
+            core &= grid[1 + a : 1 + a + height, 1 + b : 1 + b + width] == middle
+    return np.where(scene.foreground, _number(_depth(core, diagonal)), scene.grid)
+
+
+@for_same_shape
+def mark_hole_depth(scene: Scene) -> Grid | None:
+    """Return the grid with every enclosed background region marked by the distance to its edge."""
+    if not scene.enclosed.any():
+        return None
+    return np.where(scene.enclosed, _number(_depth(scene.enclosed, True) - 1), scene.grid)
+
+
+def _distances(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the foreground colours [K] and the row and column distances [cells, K] to them."""
+    rows, columns = np.nonzero(scene.foreground)
+    row, column = np.indices(scene.shape).reshape(2, -1, 1)
+    return scene.grid[rows, columns], np.abs(row - rows), np.abs(column - columns)
+
+
+def on_sources(function: Callable[..., Grid | None]) -> Callable[..., Grid | None]:
+    """Return a hypothesis that is asked for the same shape where there are a few foreground cells."""
+
+    @wraps(function)
+    def hypothesis(scene: Scene, **parameters) -> Grid | None:
+        return function(scene, **parameters) if 0 < scene.foreground.sum() <= MAX_SOURCES else None
+
+    return for_same_shape(hypothesis)
+
+
+@on_sources
+def spread_nearest(scene: Scene, diagonal: bool) -> Grid:
+    """Return the grid with every cell in the colour of the nearest foreground, in steps with or without diagonals."""
+    colors, rows, columns = _distances(scene)
+    distance = np.maximum(rows, columns) if diagonal else rows + columns
+    return colors[distance.argmin(1)].reshape(scene.shape)
+
+
+@on_sources
+def mark_distance(scene: Scene, diagonal: bool) -> Grid:
+    """Return the grid with the background marked by its distance to the foreground."""
+    _, rows, columns = _distances(scene)
+    distance = (np.maximum(rows, columns) if diagonal else rows + columns).min(1).reshape(scene.shape)
+    return np.where(scene.ground, _number(distance - 1), scene.grid)
+
+
+@for_same_shape
+def spread_lines(scene: Scene, axis: int) -> Grid | None:
+    """Return every row (axis 0) or column (1) in the colour of the nearest one that has foreground."""
+    colors = scene.row_colors if axis == 0 else scene.column_colors
+    found = np.flatnonzero(scene.foreground.any(1 - axis))
+    if not len(found):
+        return None
+    nearest = found[np.abs(np.arange(len(colors))[:, None] - found).argmin(1)]
+    line = colors[nearest]
+    return np.broadcast_to(line[:, None] if axis == 0 else line, scene.shape)
+
+
+@for_same_shape
+def meet_halfway(scene: Scene, axis: int) -> Grid | None:
+    """Return the grid with background between foreground in a row (axis 0) or column (1) in the nearer colour.
+
+    The middle is marked.
+    """
+    grid = scene.grid if axis == 0 else scene.grid.T
+    height, width = grid.shape
+    is_hit, place = grid != scene.background, np.arange(width)
+    left = np.maximum.accumulate(np.where(is_hit, place, -1), 1)
+    right = np.minimum.accumulate(np.where(is_hit, place, width)[:, ::-1], 1)[:, ::-1]
+    is_between = ~is_hit & (left >= 0) & (right < width)
+    if not is_between.any():
+        return None
+    row = np.arange(height)[:, None]
+    near, far = place - left, right - place
+    colors = np.where(near < far, grid[row, left], grid[row, np.minimum(right, width - 1)])
+    filled = np.where(is_between, np.where(near == far, MARK, colors), grid)
+    return filled if axis == 0 else filled.T
+
+
+@for_same_shape
+def line_ends(scene: Scene, direction: int) -> Grid:
+    """Return every row or column in the colour of its cell at the border in a direction."""
+    turned = view(scene.grid, direction)
+    return unview(np.broadcast_to(turned[:, :1], turned.shape), direction)
+
+
+@for_same_shape
+def first_in_line(scene: Scene, direction: int) -> Grid:
+    """Return the grid with foreground in the colour of the foreground that is outermost in a direction."""
+    turned = view(scene.grid, direction)
+    first = (turned != scene.background).argmax(1)
+    colors = turned[np.arange(len(turned)), first][:, None]
+    return unview(np.where(turned != scene.background, colors, turned), direction)
+
+
+# 4. Marks of objects and cells ----------------------------------------------------------------------------------------
+
+
+def _mark_objects(scene: Scene, objects: ObjectSet, values: np.ndarray) -> Grid:
+    return np.where(objects.labels > 0, _number(values)[objects.labels], scene.grid)
+
+
+@on_objects
+def mark_widths(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with every object marked by its width."""
+    return _mark_objects(scene, objects, _box_sides(objects)[1])
+
+
+@on_objects
+def mark_forms(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with every object marked: box square, wide or high, and whether it fills the box."""
+    height, width = _box_sides(objects)
+    form = np.where(height == width, 0, np.where(height < width, 1, 2))
+    return _mark_objects(scene, objects, form + 3 * (objects.sizes == height * width))
+
+
+@on_objects
+def mark_ends(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with every object marked by its cells with one orthogonal neighbour."""
+    is_end = scene.foreground & (neighbor_counts(scene.foreground, False) == 1)
+    return _mark_objects(scene, objects, np.bincount(objects.labels[is_end], minlength=objects.count + 1))
+
+
+@on_objects
+def mark_corners(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with every object marked by its cells that turn or branch."""
+    across = neighbor_counts(scene.foreground, False)
+    padded = np.pad(scene.foreground, 1)
+    is_straight = (padded[:-2, 1:-1] & padded[2:, 1:-1]) | (padded[1:-1, :-2] & padded[1:-1, 2:])
+    is_corner = scene.foreground & ((across > 2) | ((across == 2) & ~is_straight))
+    return _mark_objects(scene, objects, np.bincount(objects.labels[is_corner], minlength=objects.count + 1))
+
+
+@on_objects
+def mark_minority(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with a mark on cells that do not have their object's most common colour."""
+    return np.where(scene.foreground & (scene.grid != objects.colors[objects.labels]), MARK, scene.grid)
+
+
+@on_objects
+def outline_by_size(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with background around every object marked by the object's cells."""
+    size = np.pad(objects.sizes[objects.labels], 1)
+    height, width = scene.shape
+    around = np.max([size[1 + a : 1 + a + height, 1 + b : 1 + b + width] for a, b in STEPS8], 0)
+    return np.where(scene.ground & (around > 0), _number(around), scene.grid)
+
+
+@for_same_shape
+def outline_in_color(scene: Scene, diagonal: bool) -> Grid:
+    """Return the grid with background next to foreground in that colour, the first in reading order of neighbours."""
+    grid = scene.grid
+    padded = np.pad(scene.grid, 1, constant_values=scene.background)
+    height, width = scene.shape
+    for a, b in STEPS8:
+        if diagonal or not a or not b:
+            beside = padded[1 + a : 1 + a + height, 1 + b : 1 + b + width]
+            grid = np.where(grid == scene.background, beside, grid)
+    return grid
+
+
+@for_same_shape
+def mark_block_sizes(scene: Scene) -> Grid | None:
+    """Return the grid with the 4-connected one-colour objects marked by their cells."""
+    blocks = _blocks(scene)
+    return _mark_objects(scene, blocks, blocks.sizes) if blocks.count else None
+
+
+@for_same_shape
+def mark_block_extremes(scene: Scene) -> Grid | None:
+    """Return the grid with the 4-connected one-colour objects marked: largest, smallest, others."""
+    blocks = _blocks(scene)
+    if not blocks.count:
+        return None
+    sizes = blocks.sizes
+    kind = np.where(sizes == sizes.max(), 0, np.where(sizes == sizes[1:].min(), 1, 2))
+    return _mark_objects(scene, blocks, kind)
+
+
+def _opened(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return the cells that lie in a rectangle of set cells of the given size."""
+    if mask.shape[0] < height or mask.shape[1] < width:
+        return np.zeros(mask.shape, bool)
+    windows = np.lib.stride_tricks.sliding_window_view(mask, (height, width)).all((2, 3))
+    padded = np.pad(windows, ((height - 1, height - 1), (width - 1, width - 1)))
+    return np.lib.stride_tricks.sliding_window_view(padded, (height, width)).any((2, 3))
+
+
+@for_same_shape
+def mark_squares(scene: Scene, side: int, ground: bool) -> Grid | None:
+    """Return the grid with a mark on cells that lie in a square of background, or of foreground, of the given side."""
+    found = _opened(scene.ground if ground else scene.foreground, side, side)
+    return np.where(found, MARK, scene.grid) if found.any() else None
+
+
+@for_same_shape
+def mark_one_color_squares(scene: Scene) -> Grid | None:
+    """Return the grid with a mark on cells that lie in a square of nine cells of one colour."""
+    height, width = scene.shape
+    if height < 3 or width < 3:
+        return None
+    corner = scene.grid[: height - 2, : width - 2]
+    is_same = np.ones(corner.shape, bool)
+    for a in range(3):
+        for b in range(3):
+            is_same &= scene.grid[a : a + height - 2, b : b + width - 2] == corner
+    padded = np.pad(is_same, 2)
+    found = np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).any((2, 3))
+    return np.where(found, MARK, scene.grid) if found.any() else None
+
+
+@for_same_shape
+def mark_pluses(scene: Scene, ground: bool) -> Grid | None:
+    """Return the grid with a mark on cells of pluses (a cell and its four neighbours) of background or foreground."""
+    centre = _erode(scene.ground if ground else scene.foreground, False)
+    if not centre.any():
+        return None
+    return np.where(centre | (neighbor_counts(centre, False) > 0), MARK, scene.grid)
+
+
+def _largest_rectangles(mask: np.ndarray) -> np.ndarray:
+    """Return the cells of all rectangles of set cells that have the most cells."""
+    height, width = mask.shape
+    place = np.arange(width)
+    best, found, rows = 0, np.zeros(mask.shape, bool), mask
+    for h in range(1, height + 1):
+        if h > 1:
+            rows = rows[:-1] & mask[h - 1 :]
+        if not rows.any() or h * width < best:
+            continue
+        length = place - np.maximum.accumulate(np.where(rows, -1, place), 1)
+        longest = int(length.max())
+        if h * longest < best:
+            continue
+        if h * longest > best:
+            best, found = h * longest, np.zeros(mask.shape, bool)
+        for row, end in np.argwhere(length == longest)[:MAX_MOVERS]:
+            found[row : row + h, end - longest + 1 : end + 1] = True
+    return found
+
+
+@for_same_shape
+def mark_largest_rectangle(scene: Scene, ground: bool) -> Grid | None:
+    """Return the grid with a mark on the largest rectangles of background, or of foreground."""
+    mask = scene.ground if ground else scene.foreground
+    return np.where(_largest_rectangles(mask), MARK, scene.grid) if mask.any() else None
+
+
+# 5. Colours taken from other objects ----------------------------------------------------------------------------------
+
+
+def _recolored(scene: Scene, objects: ObjectSet, colors: np.ndarray) -> Grid:
+    return np.where(objects.labels > 0, colors[objects.labels], scene.grid)
+
+
+@on_objects
+def color_of_same_shape(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with objects of the most repeated colour in the colour of another object of their shape."""
+    colors = objects.colors.copy()
+    usual = int(colors[1 + int(objects.color_repeats[1:].argmax())])
+    teacher = {}
+    for k, mask in enumerate(objects.masks, 1):
+        if colors[k] != usual:
+            teacher.setdefault((mask.shape, mask.tobytes()), int(colors[k]))
+    for k, mask in enumerate(objects.masks, 1):
+        if colors[k] == usual:
+            colors[k] = teacher.get((mask.shape, mask.tobytes()), usual)
+    return _recolored(scene, objects, colors) if teacher else None
+
+
+def _gaps(boxes: list[Box]) -> np.ndarray:
+    """Return the larger of the row and column distances of all pairs of boxes, [n, n]."""
+    top, bottom, left, right = (np.array(side) for side in zip(*((r.start, r.stop, c.start, c.stop) for r, c in boxes), strict=True))
+    rows = np.maximum(top[:, None] - bottom, top - bottom[:, None]) + 1
+    columns = np.maximum(left[:, None] - right, left - right[:, None]) + 1
+    return np.maximum(np.maximum(rows, 0), np.maximum(columns, 0))
+
+
+@on_objects
+def color_of_nearest(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with the largest object's colour replaced, object by object, by the nearest other colour."""
+    colors = objects.colors
+    usual = int(colors[1 + int(objects.sizes[1:].argmax())])
+    is_other = colors[1:] != usual
+    if not is_other.any():
+        return None
+    gaps = np.where(is_other, _gaps(objects.boxes), 10**6)
+    nearest = 1 + gaps.argmin(1)
+    new = colors.copy()
+    new[1:] = np.where(is_other, colors[1:], colors[nearest])
+    return _recolored(scene, objects, new)
+
+
+@on_objects
+def color_of_rarest(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with every object in its rarest colour."""
+    groups, colors = objects.labels.ravel(), scene.grid.ravel()
+    cells = np.bincount(groups * NUM_COLORS + colors, minlength=(objects.count + 1) * NUM_COLORS)
+    count = cells[groups * NUM_COLORS + colors]
+    order = np.lexsort((np.arange(len(groups)), count, groups))
+    first = np.unique(groups[order], return_index=True)
+    rarest = np.full(objects.count + 1, scene.background)
+    rarest[first[0]] = colors[order[first[1]]]
+    return _recolored(scene, objects, rarest)
+
+
+@on_objects
+def color_of_touching(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with every object in the other foreground colour that touches it most, if any."""
+    height, width = scene.shape
+    labels, grid = np.pad(objects.labels, 1), np.pad(scene.grid, 1, constant_values=scene.background)
+    groups, colors = [], []
+    for a, b in STEPS8:
+        other, color = (x[1 + a : 1 + a + height, 1 + b : 1 + b + width] for x in (labels, grid))
+        is_edge = scene.foreground & (other > 0) & (other != objects.labels)
+        groups.append(objects.labels[is_edge])
+        colors.append(color[is_edge])
+    groups, colors = np.concatenate(groups), np.concatenate(colors)
+    if not len(groups):
+        return None
+    best = most_common(groups, colors, objects.count + 1)
+    return _recolored(scene, objects, np.where(best < 0, objects.colors, best))
+
+
+@for_same_shape
+def fill_color_boxes(scene: Scene) -> Grid | None:
+    """Return the grid with the background in the box of each colour in that colour, the rarest on top."""
+    grid = scene.grid.copy()
+    for color in scene.by_frequency:
+        part = grid[scene.color_boxes[color]]
+        part[scene.ground[scene.color_boxes[color]]] = color
+    return grid if scene.by_frequency else None
+
+
+# 6. Motion ------------------------------------------------------------------------------------------------------------
+
+
+def on_movers(function: Callable[..., Grid | None]) -> Callable[..., Grid | None]:
+    """Return a hypothesis like those of on_objects, for at most MAX_MOVERS objects."""
+
+    @wraps(function)
+    def hypothesis(scene: Scene, objects: ObjectSet, **parameters) -> Grid | None:
+        return function(scene, objects, **parameters) if objects.count <= MAX_MOVERS else None
+
+    return on_objects(hypothesis)
+
+
+def _free_way(occupied: np.ndarray, mask: np.ndarray, direction: int) -> int:
+    """Return how far the cells of a mask can move in a direction before they meet an occupied cell or the border."""
+    cells, blocks = view(mask, direction), view(occupied, direction)
+    place = np.arange(cells.shape[1])
+    last = np.maximum.accumulate(np.where(blocks, place, -1), 1)
+    return int((place - last)[cells].min()) - 1
+
+
+_STEPS = {LEFT: (0, -1), RIGHT: (0, 1), UP: (-1, 0), DOWN: (1, 0)}
+
+
+def _move(scene: Scene, objects: ObjectSet, moves: list[tuple[int, int]], trail: bool = False) -> Grid:
+    """Return the grid after objects moved, one after the other, in a direction until contact; `trail`: they leave one.
+
+    `moves` are (object, direction).
+    """
+    grid = scene.grid.copy()
+    for k, direction in moves:
+        mask = objects.labels == k
+        rows, columns = np.nonzero(mask)
+        colors = grid[rows, columns]
+        occupied = (grid != scene.background) & ~mask
+        distance = _free_way(occupied, mask, direction)
+        a, b = _STEPS[direction]
+        for step in range(1, distance + 1) if trail else ():
+            grid[rows + a * step, columns + b * step] = colors
+        if not trail:
+            grid[rows, columns] = scene.background
+            grid[rows + a * distance, columns + b * distance] = colors
+    return grid
+
+
+def _edge(box: Box, direction: int) -> int:
+    """Return the place of the leading edge of a box on the way in a direction, small where it is ahead."""
+    rows, columns = box
+    return {LEFT: columns.start, RIGHT: -columns.stop, UP: rows.start, DOWN: -rows.stop}[direction]
+
+
+@on_movers
+def fall(scene: Scene, objects: ObjectSet, direction: int) -> Grid:
+    """Return the grid with all objects moved in a direction until contact, the foremost first."""
+    order = sorted(range(objects.count), key=lambda k: _edge(objects.boxes[k], direction))
+    return _move(scene, objects, [(k + 1, direction) for k in order])
+
+
+@on_movers
+def fall_to_bar(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with all objects moved towards the one border that is a foreground line of one colour."""
+    lines = [view(scene.grid, direction)[:, 0] for direction in range(4)]
+    bars = [d for d, line in enumerate(lines) if line[0] != scene.background and (line == line[0]).all()]
+    if len(bars) != 1:
+        return None
+    order = sorted(range(objects.count), key=lambda k: _edge(objects.boxes[k], bars[0]))
+    return _move(scene, objects, [(k + 1, bars[0]) for k in order])
+
+
+def _overlap(a: slice, b: slice) -> bool:
+    return a.start < b.stop and b.start < a.stop
+
+
+def _direction(box: Box, target: Box) -> int | None:
+    """Return the direction from a box to one that shares rows or columns with it, None if it shares neither or both."""
+    in_rows, in_columns = _overlap(box[0], target[0]), _overlap(box[1], target[1])
+    if in_rows == in_columns:
+        return None
+    if in_rows:
+        return LEFT if target[1].start < box[1].start else RIGHT
+    return UP if target[0].start < box[0].start else DOWN
+
+
+def _distance(box: Box, target: Box) -> int:
+    return max(max(t.start - b.stop, b.start - t.stop) for b, t in zip(box, target, strict=True))
+
+
+@on_movers
+def approach_largest(scene: Scene, objects: ObjectSet, trail: bool) -> Grid | None:
+    """Return the grid with objects in the rows or columns of the largest moved to it, or leaving a trail to it."""
+    if objects.count < 2:
+        return None
+    target = objects.boxes[int(objects.sizes[1:].argmax())]
+    moves = [(_distance(box, target), k, _direction(box, target)) for k, box in enumerate(objects.boxes, 1)]
+    moves = [(k, direction) for _, k, direction in sorted(moves, key=lambda move: move[:2]) if direction is not None]
+    return _move(scene, objects, moves, trail) if moves else None
+
+
+@on_movers
+def approach_own_color(scene: Scene, objects: ObjectSet, drop: bool) -> Grid | None:
+    """Return the grid with objects moved to the largest object of their colour; `drop`: those that have none vanish."""
+    sizes, colors = objects.sizes, objects.colors
+    moves, lost = [], np.zeros(objects.count + 1, bool)
+    for k, box in enumerate(objects.boxes, 1):
+        alike = np.flatnonzero((colors == colors[k]) & (sizes > sizes[k]))
+        alike = alike[alike > 0]
+        direction = None
+        if len(alike):
+            target = objects.boxes[int(alike[sizes[alike].argmax()]) - 1]
+            direction = _direction(box, target)
+        if direction is not None:
+            moves.append((_distance(box, target), k, direction))
+        else:
+            lost[k] = sizes[k] < sizes.max() / 2
+    if not moves:
+        return None
+    grid = _move(scene, objects, [move[1:] for move in sorted(moves)])
+    return np.where(lost[objects.labels] & (grid == scene.grid), scene.background, grid) if drop else grid
+
+
+@on_objects
+def gather(scene: Scene, objects: ObjectSet, aligned: bool) -> Grid | None:
+    """Return the grid with single cells moved to the edge of the nearest larger object.
+
+    With `aligned` only those in its rows or columns move, the others vanish.
+    """
+    singles, anchors = np.flatnonzero(objects.sizes == 1), np.flatnonzero(objects.sizes > 1)
+    if not len(singles) or not len(anchors):
+        return None
+    boxes = np.array([[(s.start, s.stop) for s in objects.boxes[k - 1]] for k in anchors])  # [n, axis, end]
+    place = np.array([[s.start for s in objects.boxes[k - 1]] for k in singles])
+    goal = np.clip(place[:, None], boxes[..., 0] - 1, boxes[..., 1])  # [singles, n, axis]
+    way = np.abs(goal - place[:, None])
+    off = (goal < boxes[..., 0]) | (goal >= boxes[..., 1])
+    cost = way.sum(2) + (1000 * off.all(2) if aligned else 0)
+    best = cost.argmin(1)
+    rows = np.arange(len(singles))
+    target = goal[rows, best]
+    keep = cost[rows, best] < 1000
+    target = np.clip(target, 0, np.array(scene.shape) - 1)
+    grid = np.where(np.isin(objects.labels, singles), scene.background, scene.grid)
+    grid[target[keep, 0], target[keep, 1]] = objects.colors[singles[keep]]
+    return grid
+
+
+# 7. Lines -------------------------------------------------------------------------------------------------------------
+
+
+@on_objects
+def shoot_tips(scene: Scene, objects: ObjectSet, backward: bool) -> Grid | None:
+    """Return the grid with a ray from the odd cell of each object, away from its other cells (or across them)."""
+    grid, found = scene.grid.copy(), False
+    for k, (box, mask) in enumerate(zip(objects.boxes, objects.masks, strict=True), 1):
+        is_tip = mask & (scene.grid[box] != objects.colors[k])
+        if is_tip.sum() != 1 or mask.sum() < 3:
+            continue
+        tip = np.argwhere(is_tip)[0]
+        body = np.argwhere(mask & ~is_tip).mean(0)
+        away = tip - body
+        step = tuple(int(s) for s in np.sign(np.round(away, 6)) * (np.abs(away) > 0.5 * np.abs(away).max()))
+        color = scene.grid[box][tuple(tip)]
+        row, column = int(tip[0]) + box[0].start, int(tip[1]) + box[1].start
+        if backward:
+            step = (-step[0], -step[1])
+        free = scene.ground | (objects.labels == k)
+        cells = _cast(free, row, column, step) if any(step) else ((), ())
+        if len(cells[0]):
+            found = True
+            grid[cells] = np.where(scene.ground[cells], color, grid[cells])
+    return grid if found else None
+
+
+@on_objects
+def extend_lines(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with straight objects of one colour extended both ways until something stops them."""
+    grid, found = scene.grid.copy(), False
+    for k, (box, mask) in enumerate(zip(objects.boxes, objects.masks, strict=True), 1):
+        height, width = mask.shape
+        cells = np.argwhere(mask)
+        if len(cells) < 2:
+            continue
+        if min(height, width) == 1 and mask.all():
+            step = (int(height > 1), int(width > 1))
+        elif height == width == len(cells) and (np.diff(cells, axis=0) == cells[1] - cells[0]).all():
+            step = tuple(int(s) for s in cells[1] - cells[0])
+        else:
+            continue
+        corner = np.array([box[0].start, box[1].start])
+        for cell, sign in ((cells[0], -1), (cells[-1], 1)):
+            row, column = (cell + corner).tolist()
+            ray = _cast(scene.ground, row, column, (sign * step[0], sign * step[1]))
+            grid[ray] = objects.colors[k]
+            found = found or len(ray[0]) > 0
+    return grid if found else None
+
+
+@for_same_shape
+def join_rarest(scene: Scene) -> Grid | None:
+    """Return the grid with marks between aligned cells of the rarest colour: on background, on anything else."""
+    if not scene.by_frequency or not 2 <= scene.counts[scene.by_frequency[-1]] <= MAX_JOINED:
+        return None
+    cells = np.argwhere(scene.grid == scene.by_frequency[-1])
+    line = np.zeros(scene.shape, bool)
+    for i, a in enumerate(cells):
+        for b in cells[i + 1 :]:
+            way = b - a
+            length = int(np.abs(way).max())
+            if length > 1 and ((np.abs(way) == length) | (way == 0)).all():
+                points = a + np.arange(1, length)[:, None] * np.sign(way)
+                line[points[:, 0], points[:, 1]] = True
+    if not line.any():
+        return None
+    line &= scene.grid != scene.by_frequency[-1]
+    return np.where(line, MARK + scene.foreground, scene.grid)
+
+
+@for_same_shape
+def join_by_elbow(scene: Scene, down_first: bool) -> Grid | None:
+    """Return the grid with two lone cells joined by a marked path with one turn, from the upper one on."""
+    cells = np.argwhere(scene.foreground)
+    if len(cells) != 2:
+        return None
+    (top, start), (bottom, end) = cells.tolist()
+    grid = scene.grid.copy()
+    left, right = min(start, end), max(start, end)
+    grid[top : bottom + 1, start if down_first else end] = MARK
+    grid[bottom if down_first else top, left : right + 1] = MARK
+    return np.where(scene.foreground, scene.grid, grid)
+
+
+# 8. Stamps and symmetry -----------------------------------------------------------------------------------------------
+
+
+def _templates(objects: ObjectSet, grid: Grid) -> list[int]:
+    """Return the objects with several colours, the largest first."""
+    order = sorted(range(objects.count), key=lambda k: -objects.sizes[k + 1])
+    many = [k for k in order if objects.sizes[k + 1] > 2 and len(np.unique(grid[objects.boxes[k]][objects.masks[k]])) > 1]
+    return many[:MAX_TEMPLATES]
+
+
+def _places(grid: Grid, marker: Grid) -> np.ndarray:
+    """Return the upper left corners (from the padding on) where all marked cells of `marker` (>= 0) have their colour."""
+    (h, w), (height, width) = marker.shape, grid.shape
+    padded = np.pad(grid, ((h, h), (w, w)), constant_values=-1)
+    fits = np.ones((height + h, width + w), bool)
+    for i, j in np.argwhere(marker >= 0):
+        fits &= padded[i : i + height + h, j : j + width + w] == marker[i, j]
+    return np.argwhere(fits) - (h, w)
+
+
+def _stamp(grid: Grid, template: Grid, corner: np.ndarray, background: int) -> None:
+    """Write the set cells (>= 0) of a template on the background of `grid`, in place."""
+    rows, columns = np.nonzero(template >= 0)
+    colors = template[rows, columns]
+    rows, columns = rows + corner[0], columns + corner[1]
+    is_inside = (rows >= 0) & (rows < grid.shape[0]) & (columns >= 0) & (columns < grid.shape[1])
+    rows, columns, colors = rows[is_inside], columns[is_inside], colors[is_inside]
+    is_free = grid[rows, columns] == background
+    grid[rows[is_free], columns[is_free]] = colors[is_free]
+
+
+@on_objects
+def stamp_at_markers(scene: Scene, objects: ObjectSet, keep: bool) -> Grid | None:
+    """Return the grid with many-coloured objects completed, in any view, where cells of their rarer colours recur.
+
+    Without `keep` the first objects vanish.
+    """
+    grid, found = scene.grid.copy(), False
+    hidden = scene.grid.copy()
+    templates = _templates(objects, scene.grid)
+    for k in templates:
+        hidden[objects.labels == k + 1] = -2
+    for k in templates:
+        template = np.where(objects.masks[k], scene.grid[objects.boxes[k]], -1)
+        marker = np.where(template == objects.colors[k + 1], -1, template)
+        seen = set()
+        for turn in VIEWS if (marker >= 0).sum() > 1 else VIEWS[:1]:
+            turned = turn(marker)
+            key = turned.shape, turned.tobytes()
+            if key in seen:
+                continue
+            seen.add(key)
+            for corner in _places(hidden, turned)[:MAX_MOVERS]:
+                found = True
+                _stamp(grid, turn(template), corner, scene.background)
+    if not found:
+        return None
+    return grid if keep else np.where(hidden == -2, scene.background, grid)
+
+
+@on_objects
+def stamp_at_cells(scene: Scene, objects: ObjectSet, own_color: bool) -> Grid | None:
+    """Return the grid with the largest object stamped around every single cell; `own_color`: in the cell's colour."""
+    singles = np.flatnonzero(objects.sizes == 1)
+    if not len(singles) or objects.sizes.max() < 3:
+        return None
+    k = int(objects.sizes[1:].argmax())
+    template = np.where(objects.masks[k], scene.grid[objects.boxes[k]], -1)
+    grid = scene.grid.copy()
+    for single in singles:
+        box = objects.boxes[single - 1]
+        cell = np.array([box[0].start, box[1].start])
+        stamp = np.where(template >= 0, objects.colors[single], -1) if own_color else template
+        if not own_color:
+            grid[tuple(cell)] = scene.background
+        _stamp(grid, stamp, cell - (np.array(template.shape) - 1) // 2, scene.background)
+    return grid
+
+
+def _reflections(centre: np.ndarray, cells: np.ndarray, turns: str) -> list[np.ndarray]:
+    """Return the places [n, 2] of cells mirrored about a centre (twice its coordinates): both "mirrors", or "all" views."""
+    row, column = (2 * cells - centre).T
+    images = [(row, -column), (-row, column), (-row, -column)]
+    if turns == "all":
+        images += [(column, row), (column, -row), (-column, row), (-column, -row)]
+    if turns == "turns":
+        images = [(column, -row), (-column, row), (-row, -column)]
+    return [(np.stack(image, 1) + centre) // 2 for image in images]
+
+
+def _complete(scene: Scene, grid: Grid, cells: np.ndarray, centre: np.ndarray, turns: str) -> None:
+    """Write the reflections of cells about a centre on the background of `grid`, in place."""
+    colors = scene.grid[cells[:, 0], cells[:, 1]]
+    for image in _reflections(centre, cells, turns):
+        is_inside = ((image >= 0) & (image < scene.shape)).all(1)
+        rows, columns = image[is_inside].T
+        is_free = grid[rows, columns] == scene.background
+        grid[rows[is_free], columns[is_free]] = colors[is_inside][is_free]
+
+
+def _centre(grid: Grid, mask: np.ndarray) -> np.ndarray:
+    """Return twice the centre of the first colour, rarest first, whose cells are their own mirror images, else the box's.
+
+    Row and column sum to an even number, so that quarter turns stay on cells.
+    """
+    colors, counts = np.unique(grid[mask], return_counts=True)
+    first = {int(c): i for i, c in reversed(list(enumerate(grid[mask])))}
+    for color in sorted(colors.tolist(), key=lambda c: (counts[colors == c][0], first[c])):
+        rows, columns = np.nonzero(mask & (grid == color))
+        top, left = rows.min(), columns.min()
+        part = np.zeros((rows.max() - top + 1, columns.max() - left + 1), bool)
+        part[rows - top, columns - left] = True
+        if len(colors) > 1 and part.shape[0] == part.shape[1] and (part == part[::-1]).all() and (part == part[:, ::-1]).all():
+            return np.array([rows.max() + top, columns.max() + left])
+    rows, columns = np.nonzero(mask)
+    sides = rows.min() + rows.max(), columns.min() + columns.max()
+    return np.array(sides)
+
+
+@on_objects
+def complete_objects(scene: Scene, objects: ObjectSet, turns: str) -> Grid:
+    """Return the grid with every object mirrored or turned about its symmetric part, or its box's centre."""
+    grid = scene.grid.copy()
+    for k, (box, mask) in enumerate(zip(objects.boxes, objects.masks, strict=True), 1):
+        if objects.sizes[k] < 3:
+            continue
+        corner = np.array([box[0].start, box[1].start])
+        centre = _centre(scene.grid[box], mask) + 2 * corner
+        if turns != "mirrors" and centre.sum() % 2:
+            continue
+        _complete(scene, grid, np.argwhere(mask) + corner, centre, turns)
+    return grid
+
+
+@for_same_shape
+def complete_about_cross(scene: Scene) -> Grid | None:
+    """Return the grid with the foreground mirrored about the crossing of full one-colour lines."""
+    rows = np.flatnonzero((scene.grid == scene.grid[:, :1]).all(1) & scene.foreground[:, 0])
+    columns = np.flatnonzero((scene.grid == scene.grid[:1]).all(0) & scene.foreground[0])
+    if not len(rows) and not len(columns):
+        color = None
+        for color in scene.by_frequency:
+            box = scene.color_boxes[color]
+            r, c = box
+            if r.stop - r.start == scene.shape[0] and c.stop - c.start == scene.shape[1]:
+                is_color = scene.grid == color
+                rows = np.flatnonzero(is_color.mean(1) > 0.9)
+                columns = np.flatnonzero(is_color.mean(0) > 0.9)
+                break
+    if not len(rows) or not len(columns):
+        return None
+    grid = scene.grid.copy()
+    centre = np.array([rows[0] + rows[-1], columns[0] + columns[-1]])
+    _complete(scene, grid, np.argwhere(scene.foreground), centre, "mirrors")
+    return grid
+
+
+# 9. Patterns ----------------------------------------------------------------------------------------------------------
+
+
+@for_same_shape
+def continue_diagonals(scene: Scene) -> Grid | None:
+    """Return the grid filled with diagonal stripes of the shortest period that agrees with the foreground."""
+    rows, columns = np.nonzero(scene.foreground)
+    colors = scene.grid[rows, columns]
+    row, column = np.indices(scene.shape)
+    for period in range(2, 10):
+        for sign in (1, -1):
+            table = np.full(period, -1)
+            place = (rows + sign * columns) % period
+            table[place] = colors
+            if (table >= 0).all() and (table[place] == colors).all():
+                return table[(row + sign * column) % period]
+    return None
+
+
+@for_same_shape
+def repeat_foreground(scene: Scene, axes: str) -> Grid | None:
+    """Return the grid with the box of the foreground repeated along the "rows", the "columns", or "all" over."""
+    box = scene.foreground_box
+    if box is None or scene.grid[box].size > scene.grid.size / 2:
+        return None
+    part = scene.grid[box]
+    rows = (np.arange(scene.shape[0]) - box[0].start) % part.shape[0]
+    columns = (np.arange(scene.shape[1]) - box[1].start) % part.shape[1]
+    tiled = part[rows[:, None], columns]
+    if axes == "all":
+        return tiled
+    grid = np.full(scene.shape, scene.background)
+    strip = (box[0], slice(None)) if axes == "rows" else (slice(None), box[1])
+    grid[strip] = tiled[strip]
+    return grid
+
+
+# 10. Panels in place --------------------------------------------------------------------------------------------------
+
+
+def on_panels_in_place(function: Callable[..., np.ndarray | None]) -> Callable[..., Grid | None]:
+    """Return a hypothesis that asks `function(panels, scene)` for new panels [n, h, w] and puts them in place."""
+
+    @wraps(function)
+    def hypothesis(scene: Scene, **parameters) -> Grid | None:
+        if scene.separators is None:
+            return None
+        panels, keep_row, keep_column = scene.separators
+        new = function(panels, scene, **parameters)
+        if new is None:
+            return None
+        rows, columns = panels.layout
+        h, w = panels.grids.shape[1:]
+        joined = new.reshape(rows, columns, h, w).swapaxes(1, 2).reshape(rows * h, columns * w)
+        grid = scene.grid.copy()
+        grid[np.ix_(keep_row, keep_column)] = joined
+        return grid
+
+    return for_same_shape(hypothesis)
+
+
+def _panel_ground(panels: Panels, scene: Scene) -> int:
+    """Return the most common colour in panels, the first at ties."""
+    return int(most_common(np.zeros(panels.grids.size, np.int64), panels.grids.ravel(), 1)[0])
+
+
+@on_panels_in_place
+def link_panels(panels: Panels, scene: Scene, axes: str) -> np.ndarray:
+    """Return panels in which equal colours at the same place of two panels in a row or column are joined."""
+    rows, columns = panels.layout
+    ground = _panel_ground(panels, scene)
+    cells = panels.grids.reshape(rows, columns, *panels.grids.shape[1:])
+    result = cells.copy()
+    for axis in {"rows": (1,), "columns": (0,), "both": (1, 0)}[axes]:
+        line = np.moveaxis(cells, axis, 0)
+        before, after = _hits(line, ground), _hits(line[::-1], ground)[::-1]
+        is_between = (line == ground) & (before == after) & (before >= 0)
+        target = np.moveaxis(result, axis, 0)
+        target[is_between] = before[is_between]
+    return result.reshape(panels.grids.shape)
+
+
+def _hits(lines: np.ndarray, ground: int) -> np.ndarray:
+    """Return the last colour other than `ground` before each cell along axis 0, -1 if there is none."""
+    place = np.arange(len(lines)).reshape(-1, *([1] * (lines.ndim - 1)))
+    last = np.maximum.accumulate(np.where(lines != ground, place + 1, 0), 0)
+    last = np.concatenate([np.zeros_like(last[:1]), last[:-1]])
+    padded = np.concatenate([np.full_like(lines[:1], -1), lines])
+    return np.take_along_axis(padded, last, 0)
+
+
+@on_panels_in_place
+def merge_panels(panels: Panels, scene: Scene) -> np.ndarray:
+    """Return every panel with its ground filled from the other panels."""
+    ground = _panel_ground(panels, scene)
+    top = (panels.grids != ground).argmax(0)
+    merged = np.take_along_axis(panels.grids, top[None], 0)
+    return np.where(panels.grids == ground, merged, panels.grids)
+
+
+@on_panels_in_place
+def copy_fullest_panel(panels: Panels, scene: Scene) -> np.ndarray:
+    """Return the fullest panel in place of every panel."""
+    filled = (panels.grids != _panel_ground(panels, scene)).sum((1, 2))
+    return np.broadcast_to(panels.grids[int(filled.argmax())], panels.grids.shape)
+
+
+@on_panels_in_place
+def mark_odd_panels(panels: Panels, scene: Scene) -> np.ndarray:
+    """Return the panels of which fewest are alike marked by whether they have foreground."""
+    repeats = (panels.grids[:, None] == panels.grids).all((2, 3)).sum(1)
+    is_odd = (repeats == repeats.min()) & (repeats < repeats.max())
+    marks = MARK + (panels.grids != _panel_ground(panels, scene))
+    return np.where(is_odd[:, None, None], marks, panels.grids)
+
+
+@on_panels_in_place
+def mark_full_panels(panels: Panels, scene: Scene) -> np.ndarray:
+    """Return panels whose cells are marks of their foreground's size rank, 0 the fullest."""
+    filled = (panels.grids != _panel_ground(panels, scene)).sum((1, 2))
+    rank = np.unique(-filled, return_inverse=True)[1]
+    return np.broadcast_to(_number(rank)[:, None, None], panels.grids.shape)
+
+
+# 11. The bank ---------------------------------------------------------------------------------------------------------
+
+
+def _layers(family: str, function: Callable, table: dict[str, dict]) -> list[Layer]:
+    """Return a layer for every name of a table of parameters."""
+    return [Layer(name, family, partial(function, **parameters)) for name, parameters in table.items()]
+
+
+def _both(family: str, function: Callable, name: str, **parameters) -> list[Layer]:
+    """Return a layer for one-colour and one for any objects; `name` has a {} for the kind."""
+    kinds = ("one-colour object", "object")
+    return _layers(family, function, {name.format(kind): {"kind": k, **parameters} for k, kind in enumerate(kinds)})
+
+
+def _region_layers() -> Iterator[Layer]:
+    yield Layer("size of each background region", "region", mark_region_sizes)
+    yield Layer("largest and smallest background regions", "regionrank", mark_region_extremes)
+    yield Layer("form of each background region", "regionform", mark_region_forms)
+    yield Layer("parity of each background region", "regionparity", mark_region_parity)
+    yield Layer("borders of each background region", "regionborder", mark_region_borders)
+    yield Layer("fill regions from their seeds", "seed", fill_from_seeds)
+    yield Layer("fill holes from their frames", "frame", fill_from_frame)
+    yield from _layers("wall", fill_between_walls, {
+        "fill between walls": {"closed": False},
+        "fill inside walls": {"closed": True},
+    })  # fmt: skip
+
+
+def _distance_layers() -> Iterator[Layer]:
+    yield from _layers("depth", mark_object_depth, {
+        "depth in one-colour objects": {"diagonal": True},
+        "depth in one-colour objects, in straight steps": {"diagonal": False},
+    })  # fmt: skip
+    yield Layer("depth in holes", "depth", mark_hole_depth)
+    yield from _layers("nearest", spread_nearest, {
+        "nearest foreground": {"diagonal": True},
+        "nearest foreground, in straight steps": {"diagonal": False},
+    })  # fmt: skip
+    yield from _layers("distance", mark_distance, {
+        "distance to the foreground": {"diagonal": True},
+        "distance to the foreground, in straight steps": {"diagonal": False},
+    })  # fmt: skip
+    yield from _layers("nearline", spread_lines, {"nearest row": {"axis": 0}, "nearest column": {"axis": 1}})
+    yield from _layers("halfway", meet_halfway, {
+        "meet halfway in rows": {"axis": 0},
+        "meet halfway in columns": {"axis": 1},
+    })  # fmt: skip
+    names = ("left", "right", "upper", "lower")
+    yield from _layers("lineend", line_ends, {f"colour at the {n} border": {"direction": d} for d, n in enumerate(names)})
+    yield from _layers("outermost", first_in_line, {
+        f"foreground in its {n}most colour": {"direction": d} for d, n in enumerate(names)
+    })  # fmt: skip
+
+
+def _trait_layers() -> Iterator[Layer]:
+    yield from _both("width", mark_widths, "width of each {}")
+    yield from _both("form", mark_forms, "form of each {}")
+    yield from _both("ends", mark_ends, "ends of each {}")
+    yield from _both("corners", mark_corners, "corners of each {}")
+    yield Layer("minority cells of each object", "minority", partial(mark_minority, kind=1))
+    yield from _both("outlinesize", outline_by_size, "outline by size of each {}")
+    yield from _layers("outlinecolor", outline_in_color, {
+        "outline in colour": {"diagonal": False},
+        "outline with corners in colour": {"diagonal": True},
+    })  # fmt: skip
+    yield Layer("size of each block", "block", mark_block_sizes)
+    yield Layer("largest and smallest blocks", "blockrank", mark_block_extremes)
+    yield from _layers("square", mark_squares, {
+        "squares of side 2 of foreground": {"side": 2, "ground": False},
+        "squares of side 3 of foreground": {"side": 3, "ground": False},
+        "squares of side 2 of background": {"side": 2, "ground": True},
+        "squares of side 3 of background": {"side": 3, "ground": True},
+    })  # fmt: skip
+    yield Layer("squares of side 3 of one colour", "square", mark_one_color_squares)
+    yield from _layers("plus", mark_pluses, {
+        "pluses of foreground": {"ground": False},
+        "pluses of background": {"ground": True},
+    })  # fmt: skip
+    yield from _layers("rectangle", mark_largest_rectangle, {
+        "largest rectangle of foreground": {"ground": False},
+        "largest rectangle of background": {"ground": True},
+    })  # fmt: skip
+
+
+def _color_layers() -> Iterator[Layer]:
+    yield Layer("colour of the object of the same shape", "sameshape", partial(color_of_same_shape, kind=0))
+    yield Layer("colour of the nearest object", "nearcolor", partial(color_of_nearest, kind=0))
+    yield Layer("each object in its rarest colour", "rarest", partial(color_of_rarest, kind=1))
+    yield Layer("colour that touches each object", "touching", partial(color_of_touching, kind=0))
+    yield Layer("fill the box of each colour", "boxes", fill_color_boxes)
+
+
+def _motion_layers() -> Iterator[Layer]:
+    for direction, name in enumerate(("left", "right", "up", "down")):
+        yield from _both("fall", fall, f"move each {{}} {name} until contact", direction=direction)
+    yield from _both("bar", fall_to_bar, "move each {} to the bar")
+    yield from _both("approach", approach_largest, "move each {} to the largest", trail=False)
+    yield from _both("trail", approach_largest, "trail of each {} to the largest", trail=True)
+    yield Layer("move each object to its colour", "homing", partial(approach_own_color, kind=0, drop=False))
+    yield Layer("move each object to its colour, or away", "homing", partial(approach_own_color, kind=0, drop=True))
+    yield Layer("gather cells", "gather", partial(gather, kind=0, aligned=False))
+    yield Layer("gather aligned cells", "gather", partial(gather, kind=0, aligned=True))
+
+
+def _line_layers() -> Iterator[Layer]:
+    yield Layer("ray from each odd cell", "tip", partial(shoot_tips, kind=1, backward=False))
+    yield Layer("ray from each odd cell across", "tip", partial(shoot_tips, kind=1, backward=True))
+    yield Layer("extend lines", "extend", partial(extend_lines, kind=0))
+    yield Layer("join the rarest colour", "join", join_rarest)
+    yield Layer("elbow, down first", "elbow", partial(join_by_elbow, down_first=True))
+    yield Layer("elbow, across first", "elbow", partial(join_by_elbow, down_first=False))
+
+
+def _pattern_layers() -> Iterator[Layer]:
+    yield Layer("complete at markers", "stamp", partial(stamp_at_markers, kind=1, keep=True))
+    yield Layer("move to markers", "stamp", partial(stamp_at_markers, kind=1, keep=False))
+    yield Layer("copy the largest object to cells", "copy", partial(stamp_at_cells, kind=1, own_color=False))
+    yield Layer("copy the largest object to cells in their colour", "copy", partial(stamp_at_cells, kind=1, own_color=True))
+    for turns, name in (("mirrors", "both mirrors"), ("turns", "quarter turns"), ("all", "all views")):
+        yield Layer(f"complete each object by {name}", "complete", partial(complete_objects, kind=1, turns=turns))
+    yield Layer("complete about the cross", "cross", complete_about_cross)
+    yield Layer("continue the diagonals", "diagonal", continue_diagonals)
+    yield from _layers("repeat", repeat_foreground, {
+        "repeat the foreground all over": {"axes": "all"},
+        "repeat the foreground along rows": {"axes": "rows"},
+        "repeat the foreground along columns": {"axes": "columns"},
+    })  # fmt: skip
+
+
+def _panel_layers() -> Iterator[Layer]:
+    yield from _layers("panellink", link_panels, {
+        "link panels in rows": {"axes": "rows"},
+        "link panels in columns": {"axes": "columns"},
+        "link panels in rows and columns": {"axes": "both"},
+    })  # fmt: skip
+    yield Layer("merge panels", "panelmerge", merge_panels)
+    yield Layer("copy the fullest panel", "panelmerge", copy_fullest_panel)
+    yield Layer("mark odd panels", "panelodd", mark_odd_panels)
+    yield Layer("rank of each panel", "panelrank", mark_full_panels)
+
+
+MOTION_LAYERS: tuple[Layer, ...] = (
+    *_region_layers(),
+    *_distance_layers(),
+    *_trait_layers(),
+    *_color_layers(),
+    *_motion_layers(),
+    *_line_layers(),
+    *_pattern_layers(),
+    *_panel_layers(),
+)
+assert len({layer.name for layer in MOTION_LAYERS}) == len(MOTION_LAYERS), "names of layers must differ"
