@@ -20,6 +20,8 @@ import numpy as np
 from cell_features import experts, features, keys
 from expert_tree import Cells, bagged_left_out, predict_left_out
 from grid_hypotheses import LAYERS, NUM_COLORS, NUM_SYMBOLS, Grid, Layer, Scene, Shape
+from motion_hypotheses import MOTION_LAYERS
+from part_hypotheses import PART_LAYERS
 from size_hypotheses import size_prior, size_rule
 from task_rewrites import Rewrite, ranked_colors, replaced_inputs, turned_alike
 
@@ -46,6 +48,7 @@ EXPLAINED = 0.005  # nats per cell below which no rewriting is tried
 LARGE = 3000  # known cells beyond which the effort is always standard, so that the time is bounded
 COMPOSED = 3  # rewritten inputs that are followed up, of all that apply
 COMPOSED_PRIOR = -2.0
+BANK: tuple[Layer, ...] = (*LAYERS, *PART_LAYERS, *MOTION_LAYERS)
 EYE = np.eye(NUM_COLORS)
 
 
@@ -193,7 +196,7 @@ class Reading(NamedTuple):
 def read_layers(problem: Problem) -> list[Reading]:
     """Return the layers that apply to all grids, best first; of layers that read the same, the first."""
     found: dict[bytes, tuple[Layer, np.ndarray]] = {}
-    for layer in LAYERS:
+    for layer in BANK:
         rows = []
         for sheet in reversed(problem.sheets):
             symbols = sheet.read(layer)
@@ -430,7 +433,7 @@ def _first_look(demonstration: tuple[Grid, Grid]) -> float:
     """Return the log-likelihood of an output under the colour map of its best layer, less a nat per symbol mapped."""
     grid, answer = demonstration
     sheet = _sheet(grid, answer.shape)
-    symbols = [found for layer in LAYERS if (found := sheet.read(layer)) is not None]
+    symbols = [found for layer in BANK if (found := sheet.read(layer)) is not None]
     if not symbols:
         return -math.inf
     row = np.arange(len(symbols))[:, None] * NUM_SYMBOLS + np.stack(symbols)

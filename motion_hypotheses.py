@@ -15,6 +15,7 @@ from grid_hypotheses import (
     DOWN,
     LEFT,
     MARK,
+    MAX_OBJECTS,
     NUM_COLORS,
     RIGHT,
     UP,
@@ -25,19 +26,21 @@ from grid_hypotheses import (
     ObjectSet,
     Panels,
     Scene,
+    flip_objects,
     for_same_shape,
     label,
     most_common,
     neighbor_counts,
-    on_objects,
     unview,
     view,
 )
 
 MAX_MOVERS = 20  # objects that move
 MAX_TEMPLATES = 4
+MAX_MARKERS = 40  # cells that are looked for
 MAX_SOURCES = 200  # foreground cells to which distances are measured
 MAX_JOINED = 8  # cells that are joined in pairs
+FAR = 10**6  # a distance beyond all others
 HIGHEST = 20  # the largest number that a mark stands for
 STEPS8 = tuple((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b)
 
@@ -63,6 +66,53 @@ def _regions(scene: Scene) -> Parts:
 def _blocks(scene: Scene) -> Parts:
     """Return the 4-connected objects of one colour."""
     return Parts(scene, scene.foreground, diagonal=False, one_color=True)
+
+
+@lru_cache(maxsize=4)
+def _clusters(scene: Scene) -> Parts:
+    """Return the objects of any colours, those with one cell between them being one."""
+    clusters = Parts(scene, neighbor_counts(scene.foreground) + scene.foreground > 0, diagonal=True, one_color=False)
+    return _relabelled(scene, np.where(scene.foreground, clusters.labels, 0))
+
+
+@lru_cache(maxsize=4)
+def _loose_objects(scene: Scene) -> Parts:
+    """Return the objects of any colours that are left without full lines of one colour."""
+    grid = scene.grid
+    is_line = (grid == grid[:, :1]).all(1)[:, None] | (grid == grid[:1]).all(0)
+    return Parts(scene, scene.foreground & ~is_line, diagonal=True, one_color=False)
+
+
+def _relabelled(scene: Scene, labels: np.ndarray) -> Parts:
+    """Return parts with given labels, renumbered in reading order."""
+    parts = object.__new__(Parts)
+    parts.scene = scene
+    values, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(np.where(values == 0, -1, first)))
+    has_ground = bool((labels == 0).any())
+    parts.labels = rank[inverse].reshape(labels.shape) + (not has_ground)
+    parts.count = len(values) - has_ground
+    return parts
+
+
+PARTS: dict[str, Callable[[Scene], ObjectSet]] = {
+    "one-colour object": lambda scene: scene.objects[0],
+    "object": lambda scene: scene.objects[1],
+    "block": _blocks,
+    "cluster": _clusters,
+    "loose object": _loose_objects,
+}
+
+
+def on_parts(function: Callable[..., Grid | None], most: int = MAX_OBJECTS) -> Callable[..., Grid | None]:
+    """Return a hypothesis that asks `function(scene, parts, ...)` for the same shape where there are 1 to `most` parts."""
+
+    @wraps(function)
+    def hypothesis(scene: Scene, kind: str, **parameters) -> Grid | None:
+        parts = PARTS[kind](scene)
+        return function(scene, parts, **parameters) if 0 < parts.count <= most else None
+
+    return for_same_shape(hypothesis)
 
 
 def _number(values: np.ndarray) -> np.ndarray:
@@ -153,9 +203,11 @@ def mark_region_forms(scene: Scene, regions: Parts) -> Grid:
 
 
 @on_regions
-def mark_region_parity(scene: Scene, regions: Parts) -> Grid:
-    """Return the grid with every background region marked by whether its cells, then its width, are odd."""
-    return _mark_regions(scene, regions, regions.sizes % 2 + 2 * (_box_sides(regions)[1] % 2))
+def mark_hole_parity(scene: Scene, regions: Parts) -> Grid | None:
+    """Return the grid with every enclosed background region marked by whether its cells are odd."""
+    if not scene.enclosed.any():
+        return None
+    return np.where(scene.enclosed, MARK + (regions.sizes % 2)[regions.labels], scene.grid)
 
 
 @on_regions
@@ -319,13 +371,61 @@ def _mark_objects(scene: Scene, objects: ObjectSet, values: np.ndarray) -> Grid:
     return np.where(objects.labels > 0, _number(values)[objects.labels], scene.grid)
 
 
-@on_objects
+@on_parts
+def mark_trait_extremes(scene: Scene, objects: ObjectSet, trait: str) -> Grid | None:
+    """Return the grid with every object marked: most of a trait, least of it, others."""
+    values = getattr(objects, trait)
+    most, least = values[1:].max(), values[1:].min()
+    if most == least:
+        return None
+    return _mark_objects(scene, objects, np.where(values == most, 0, np.where(values == least, 1, 2)))
+
+
+def _starts(objects: ObjectSet) -> np.ndarray:
+    """Return the first row, end row, first column, end column of the parts' boxes, [4, count + 1]."""
+    return np.array([(0, 0, 0, 0), *((r.start, r.stop, c.start, c.stop) for r, c in objects.boxes)]).T
+
+
+@on_parts
+def mark_halves(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with every object's cells marked by the half of its box, along rows and columns, or its middle."""
+    top, bottom, left, right = (side[objects.labels] for side in _starts(objects))
+    rows, columns = np.indices(scene.shape)
+    vertical = 1 + np.sign(2 * rows - (top + bottom - 1))
+    horizontal = 1 + np.sign(2 * columns - (left + right - 1))
+    return np.where(objects.labels > 0, MARK + 3 * vertical + horizontal, scene.grid)
+
+
+@on_parts
+def mark_box_parity(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with every object's cells marked by the parities of their row and column in its box."""
+    top, _, left, _ = (side[objects.labels] for side in _starts(objects))
+    rows, columns = np.indices(scene.shape)
+    return np.where(objects.labels > 0, MARK + 2 * ((rows - top) % 2) + (columns - left) % 2, scene.grid)
+
+
+@on_parts
+def mark_box_edges(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with every object's cells marked by the number of edges of its box that they lie on."""
+    top, bottom, left, right = (side[objects.labels] for side in _starts(objects))
+    rows, columns = np.indices(scene.shape)
+    edges = (rows == top) | (rows == bottom - 1), (columns == left) | (columns == right - 1)
+    return np.where(objects.labels > 0, MARK + edges[0] + edges[1], scene.grid)
+
+
+@on_parts
+def outline_several(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with a mark on background around every object of several cells."""
+    return np.where(scene.ground & (neighbor_counts((objects.sizes > 1)[objects.labels]) > 0), MARK, scene.grid)
+
+
+@on_parts
 def mark_widths(scene: Scene, objects: ObjectSet) -> Grid:
     """Return the grid with every object marked by its width."""
     return _mark_objects(scene, objects, _box_sides(objects)[1])
 
 
-@on_objects
+@on_parts
 def mark_forms(scene: Scene, objects: ObjectSet) -> Grid:
     """Return the grid with every object marked: box square, wide or high, and whether it fills the box."""
     height, width = _box_sides(objects)
@@ -333,14 +433,14 @@ def mark_forms(scene: Scene, objects: ObjectSet) -> Grid:
     return _mark_objects(scene, objects, form + 3 * (objects.sizes == height * width))
 
 
-@on_objects
+@on_parts
 def mark_ends(scene: Scene, objects: ObjectSet) -> Grid:
     """Return the grid with every object marked by its cells with one orthogonal neighbour."""
     is_end = scene.foreground & (neighbor_counts(scene.foreground, False) == 1)
     return _mark_objects(scene, objects, np.bincount(objects.labels[is_end], minlength=objects.count + 1))
 
 
-@on_objects
+@on_parts
 def mark_corners(scene: Scene, objects: ObjectSet) -> Grid:
     """Return the grid with every object marked by its cells that turn or branch."""
     across = neighbor_counts(scene.foreground, False)
@@ -350,13 +450,13 @@ def mark_corners(scene: Scene, objects: ObjectSet) -> Grid:
     return _mark_objects(scene, objects, np.bincount(objects.labels[is_corner], minlength=objects.count + 1))
 
 
-@on_objects
+@on_parts
 def mark_minority(scene: Scene, objects: ObjectSet) -> Grid:
     """Return the grid with a mark on cells that do not have their object's most common colour."""
     return np.where(scene.foreground & (scene.grid != objects.colors[objects.labels]), MARK, scene.grid)
 
 
-@on_objects
+@on_parts
 def outline_by_size(scene: Scene, objects: ObjectSet) -> Grid:
     """Return the grid with background around every object marked by the object's cells."""
     size = np.pad(objects.sizes[objects.labels], 1)
@@ -413,18 +513,13 @@ def mark_squares(scene: Scene, side: int, ground: bool) -> Grid | None:
 
 
 @for_same_shape
-def mark_one_color_squares(scene: Scene) -> Grid | None:
-    """Return the grid with a mark on cells that lie in a square of nine cells of one colour."""
-    height, width = scene.shape
-    if height < 3 or width < 3:
+def mark_one_color_squares(scene: Scene, side: int) -> Grid | None:
+    """Return the grid with a mark on cells that lie in a square of one colour of the given side."""
+    if min(scene.shape) < side:
         return None
-    corner = scene.grid[: height - 2, : width - 2]
-    is_same = np.ones(corner.shape, bool)
-    for a in range(3):
-        for b in range(3):
-            is_same &= scene.grid[a : a + height - 2, b : b + width - 2] == corner
-    padded = np.pad(is_same, 2)
-    found = np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).any((2, 3))
+    windows = np.lib.stride_tricks.sliding_window_view(scene.grid, (side, side))
+    padded = np.pad((windows == windows[..., :1, :1]).all((2, 3)), side - 1)
+    found = np.lib.stride_tricks.sliding_window_view(padded, (side, side)).any((2, 3))
     return np.where(found, MARK, scene.grid) if found.any() else None
 
 
@@ -472,7 +567,7 @@ def _recolored(scene: Scene, objects: ObjectSet, colors: np.ndarray) -> Grid:
     return np.where(objects.labels > 0, colors[objects.labels], scene.grid)
 
 
-@on_objects
+@on_parts
 def color_of_same_shape(scene: Scene, objects: ObjectSet) -> Grid | None:
     """Return the grid with objects of the most repeated colour in the colour of another object of their shape."""
     colors = objects.colors.copy()
@@ -495,7 +590,7 @@ def _gaps(boxes: list[Box]) -> np.ndarray:
     return np.maximum(np.maximum(rows, 0), np.maximum(columns, 0))
 
 
-@on_objects
+@on_parts
 def color_of_nearest(scene: Scene, objects: ObjectSet) -> Grid | None:
     """Return the grid with the largest object's colour replaced, object by object, by the nearest other colour."""
     colors = objects.colors
@@ -510,7 +605,7 @@ def color_of_nearest(scene: Scene, objects: ObjectSet) -> Grid | None:
     return _recolored(scene, objects, new)
 
 
-@on_objects
+@on_parts
 def color_of_rarest(scene: Scene, objects: ObjectSet) -> Grid:
     """Return the grid with every object in its rarest colour."""
     groups, colors = objects.labels.ravel(), scene.grid.ravel()
@@ -523,7 +618,7 @@ def color_of_rarest(scene: Scene, objects: ObjectSet) -> Grid:
     return _recolored(scene, objects, rarest)
 
 
-@on_objects
+@on_parts
 def color_of_touching(scene: Scene, objects: ObjectSet) -> Grid | None:
     """Return the grid with every object in the other foreground colour that touches it most, if any."""
     height, width = scene.shape
@@ -551,17 +646,56 @@ def fill_color_boxes(scene: Scene) -> Grid | None:
     return grid if scene.by_frequency else None
 
 
+def _legend(scene: Scene) -> tuple[dict[int, int], np.ndarray] | None:
+    """Return what each colour of a legend stands beside, and the legend's cells: objects two cells wide or high."""
+    objects = scene.objects[1]
+    if not objects.is_usable:
+        return None
+    table, cells = {}, np.zeros(scene.shape, bool)
+    for box, mask in zip(objects.boxes, objects.masks, strict=True):
+        if not mask.all() or 2 not in mask.shape or max(mask.shape) > 8:
+            continue
+        part = scene.grid[box]
+        pairs = part if part.shape[1] == 2 else part.T
+        if (pairs[:, 0] == pairs[:, 1]).any() or len(set(pairs[:, 0].tolist())) < len(pairs):
+            continue
+        table.update(pairs.tolist())
+        cells[box] = True
+    return (table, cells) if table and (scene.foreground & ~cells).any() else None
+
+
+@for_same_shape
+def recolor_by_legend(scene: Scene, both_ways: bool) -> Grid | None:
+    """Return the grid with colours replaced by those beside them in a legend; the legend stays."""
+    found = _legend(scene)
+    if found is None:
+        return None
+    lookup = np.arange(NUM_COLORS)
+    for a, b in found[0].items():
+        if both_ways:
+            lookup[b] = a
+        lookup[a] = b
+    return np.where(found[1], scene.grid, lookup[scene.grid])
+
+
+@for_same_shape
+def box_by_legend(scene: Scene) -> Grid | None:
+    """Return the grid with background in the grown box of each object in the colour beside its own in a legend."""
+    found = _legend(scene)
+    if found is None or not scene.objects[0].is_usable:
+        return None
+    grid, objects = scene.grid.copy(), scene.objects[0]
+    for color, (rows, columns) in zip(objects.colors[1:].tolist(), objects.boxes, strict=True):
+        if color in found[0] and not found[1][rows, columns].any():
+            part = grid[max(0, rows.start - 1) : rows.stop + 1, max(0, columns.start - 1) : columns.stop + 1]
+            part[part == scene.background] = found[0][color]
+    return grid
+
+
 # 6. Motion ------------------------------------------------------------------------------------------------------------
 
 
-def on_movers(function: Callable[..., Grid | None]) -> Callable[..., Grid | None]:
-    """Return a hypothesis like those of on_objects, for at most MAX_MOVERS objects."""
-
-    @wraps(function)
-    def hypothesis(scene: Scene, objects: ObjectSet, **parameters) -> Grid | None:
-        return function(scene, objects, **parameters) if objects.count <= MAX_MOVERS else None
-
-    return on_objects(hypothesis)
+on_movers = partial(on_parts, most=MAX_MOVERS)
 
 
 def _free_way(occupied: np.ndarray, mask: np.ndarray, direction: int) -> int:
@@ -650,56 +784,62 @@ def approach_largest(scene: Scene, objects: ObjectSet, trail: bool) -> Grid | No
 
 
 @on_movers
-def approach_own_color(scene: Scene, objects: ObjectSet, drop: bool) -> Grid | None:
-    """Return the grid with objects moved to the largest object of their colour; `drop`: those that have none vanish."""
+def approach_own_color(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with objects moved to the largest object of their colour."""
     sizes, colors = objects.sizes, objects.colors
-    moves, lost = [], np.zeros(objects.count + 1, bool)
+    moves = []
     for k, box in enumerate(objects.boxes, 1):
-        alike = np.flatnonzero((colors == colors[k]) & (sizes > sizes[k]))
-        alike = alike[alike > 0]
-        direction = None
-        if len(alike):
-            target = objects.boxes[int(alike[sizes[alike].argmax()]) - 1]
-            direction = _direction(box, target)
+        alike = np.flatnonzero((colors[1:] == colors[k]) & (sizes[1:] > sizes[k]))
+        if not len(alike):
+            continue
+        target = objects.boxes[int(alike[sizes[1 + alike].argmax()])]
+        direction = _direction(box, target)
         if direction is not None:
             moves.append((_distance(box, target), k, direction))
-        else:
-            lost[k] = sizes[k] < sizes.max() / 2
-    if not moves:
-        return None
-    grid = _move(scene, objects, [move[1:] for move in sorted(moves)])
-    return np.where(lost[objects.labels] & (grid == scene.grid), scene.background, grid) if drop else grid
+    return _move(scene, objects, [move[1:] for move in sorted(moves)]) if moves else None
 
 
-@on_objects
-def gather(scene: Scene, objects: ObjectSet, aligned: bool) -> Grid | None:
-    """Return the grid with single cells moved to the edge of the nearest larger object.
+@on_parts
+def gather(scene: Scene, objects: ObjectSet, anchor: str, unaligned: str) -> Grid | None:
+    """Return the grid with single cells moved to the edge of an object: the nearest, the largest, or of "own" colour.
 
-    With `aligned` only those in its rows or columns move, the others vanish.
+    Those that share no row or column with it "move", "stay" or "vanish".
     """
-    singles, anchors = np.flatnonzero(objects.sizes == 1), np.flatnonzero(objects.sizes > 1)
-    if not len(singles) or not len(anchors):
+    sizes, colors = objects.sizes, objects.colors
+    if anchor == "nearest":
+        is_anchor = sizes > 1
+    elif anchor == "largest":
+        is_anchor = np.arange(len(sizes)) == sizes.argmax()
+    else:
+        largest = np.zeros(NUM_COLORS, np.int64)
+        np.maximum.at(largest, colors[1:], sizes[1:])
+        is_anchor = (sizes == largest[colors]) & (sizes > 1)
+    is_anchor[0] = False
+    anchors = np.flatnonzero(is_anchor)
+    place = np.argwhere(scene.foreground & ~is_anchor[objects.labels])
+    if not len(anchors) or not 0 < len(place) <= MAX_SOURCES:
         return None
-    boxes = np.array([[(s.start, s.stop) for s in objects.boxes[k - 1]] for k in anchors])  # [n, axis, end]
-    place = np.array([[s.start for s in objects.boxes[k - 1]] for k in singles])
-    goal = np.clip(place[:, None], boxes[..., 0] - 1, boxes[..., 1])  # [singles, n, axis]
-    way = np.abs(goal - place[:, None])
-    off = (goal < boxes[..., 0]) | (goal >= boxes[..., 1])
-    cost = way.sum(2) + (1000 * off.all(2) if aligned else 0)
+    boxes = np.array([[(side.start, side.stop) for side in objects.boxes[k - 1]] for k in anchors])  # [n, axis, end]
+    goal = np.clip(place[:, None], boxes[..., 0] - 1, boxes[..., 1])  # [cells, n, axis]
+    is_off = ((goal < boxes[..., 0]) | (goal >= boxes[..., 1])).all(2)
+    cost = np.abs(goal - place[:, None]).sum(2) + (unaligned != "move") * FAR * is_off
+    own = scene.grid[place[:, 0], place[:, 1]]
+    if anchor == "own":
+        cost = np.where(own[:, None] == colors[anchors], cost, FAR)
     best = cost.argmin(1)
-    rows = np.arange(len(singles))
-    target = goal[rows, best]
-    keep = cost[rows, best] < 1000
-    target = np.clip(target, 0, np.array(scene.shape) - 1)
-    grid = np.where(np.isin(objects.labels, singles), scene.background, scene.grid)
-    grid[target[keep, 0], target[keep, 1]] = objects.colors[singles[keep]]
+    rows = np.arange(len(place))
+    goes, target = cost[rows, best] < FAR, np.clip(goal[rows, best], 0, np.array(scene.shape) - 1)
+    grid = np.where(scene.foreground & ~is_anchor[objects.labels], scene.background, scene.grid)
+    if unaligned == "stay":
+        grid[place[~goes, 0], place[~goes, 1]] = own[~goes]
+    grid[target[goes, 0], target[goes, 1]] = own[goes]
     return grid
 
 
 # 7. Lines -------------------------------------------------------------------------------------------------------------
 
 
-@on_objects
+@on_parts
 def shoot_tips(scene: Scene, objects: ObjectSet, backward: bool) -> Grid | None:
     """Return the grid with a ray from the odd cell of each object, away from its other cells (or across them)."""
     grid, found = scene.grid.copy(), False
@@ -723,7 +863,7 @@ def shoot_tips(scene: Scene, objects: ObjectSet, backward: bool) -> Grid | None:
     return grid if found else None
 
 
-@on_objects
+@on_parts
 def extend_lines(scene: Scene, objects: ObjectSet) -> Grid | None:
     """Return the grid with straight objects of one colour extended both ways until something stops them."""
     grid, found = scene.grid.copy(), False
@@ -747,9 +887,8 @@ def extend_lines(scene: Scene, objects: ObjectSet) -> Grid | None:
     return grid if found else None
 
 
-@for_same_shape
-def join_rarest(scene: Scene) -> Grid | None:
-    """Return the grid with marks between aligned cells of the rarest colour: on background, on anything else."""
+def _joining_line(scene: Scene) -> np.ndarray | None:
+    """Return the cells between aligned cells of the rarest colour, None if there are none."""
     if not scene.by_frequency or not 2 <= scene.counts[scene.by_frequency[-1]] <= MAX_JOINED:
         return None
     cells = np.argwhere(scene.grid == scene.by_frequency[-1])
@@ -761,10 +900,64 @@ def join_rarest(scene: Scene) -> Grid | None:
             if length > 1 and ((np.abs(way) == length) | (way == 0)).all():
                 points = a + np.arange(1, length)[:, None] * np.sign(way)
                 line[points[:, 0], points[:, 1]] = True
-    if not line.any():
-        return None
     line &= scene.grid != scene.by_frequency[-1]
-    return np.where(line, MARK + scene.foreground, scene.grid)
+    return line if line.any() else None
+
+
+@for_same_shape
+def join_rarest(scene: Scene) -> Grid | None:
+    """Return the grid with marks between aligned cells of the rarest colour: on background, on anything else."""
+    line = _joining_line(scene)
+    return None if line is None else np.where(line, MARK + scene.foreground, scene.grid)
+
+
+@for_same_shape
+def join_rarest_touching(scene: Scene) -> Grid | None:
+    """Return the grid with marks between aligned cells of the rarest colour and on all objects in between."""
+    line = _joining_line(scene)
+    if line is None:
+        return None
+    objects = scene.objects[0]
+    touched = np.bincount(objects.labels[line], minlength=objects.count + 1) > 0
+    touched[0] = False
+    return np.where(touched[objects.labels], MARK + 1, np.where(line, MARK, scene.grid))
+
+
+@on_parts
+def cross_through_squares(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with the rows and columns through the middle of the largest objects, where their box is odd.
+
+    Background takes the object's colour, other foreground is marked.
+    """
+    grid = scene.grid.copy()
+    for k in np.flatnonzero(objects.sizes == objects.sizes.max()):
+        rows, columns = objects.boxes[k - 1]
+        if (rows.stop - rows.start) % 2 == 0 or (columns.stop - columns.start) % 2 == 0 or objects.sizes[k] < 3:
+            return None
+        for line in (((rows.start + rows.stop) // 2, slice(None)), (slice(None), (columns.start + columns.stop) // 2)):
+            is_other = scene.foreground[line] & (objects.labels[line] != k)
+            grid[line] = np.where(is_other, MARK, objects.colors[k])
+    return grid
+
+
+@for_same_shape
+def mark_emptiest_lines(scene: Scene, axis: int) -> Grid:
+    """Return the grid with a mark on the background of the rows (axis 0) or columns (1) that have most of it."""
+    cells = scene.ground.sum(1 - axis, keepdims=True)
+    return np.where(scene.ground & (cells == cells.max()), MARK, scene.grid)
+
+
+@for_same_shape
+def smooth_stripes(scene: Scene) -> Grid:
+    """Return rows, or columns, whichever agree more, in their most common colour."""
+    results = []
+    for lines in (scene.grid, scene.grid.T):
+        height, width = lines.shape
+        colors = most_common(np.arange(height).repeat(width), lines, height)
+        filled = np.broadcast_to(colors[:, None], lines.shape)
+        results.append((int((filled == lines).sum()), filled))
+    rows, columns = results
+    return rows[1] if rows[0] >= columns[0] else columns[1].T
 
 
 @for_same_shape
@@ -812,36 +1005,109 @@ def _stamp(grid: Grid, template: Grid, corner: np.ndarray, background: int) -> N
     grid[rows[is_free], columns[is_free]] = colors[is_free]
 
 
-@on_objects
+def _stamp_markers(scene: Scene, grid: Grid, hidden: Grid, template: Grid, color: int, exact: bool) -> bool:
+    """Stamp a template on `grid`, in any view, where its cells but of one colour are found in `hidden`; say if any are.
+
+    With `exact` the others must be background there.
+    """
+    marker = np.where(template == color, scene.background if exact else -1, template)
+    if not 0 < (marker >= 0).sum() <= MAX_MARKERS:
+        return False
+    found, seen = False, set()
+    for turn in VIEWS if (marker >= 0).sum() > 1 else VIEWS[:1]:
+        turned = turn(marker)
+        key = turned.shape, turned.tobytes()
+        if key in seen:
+            continue
+        seen.add(key)
+        for corner in _places(hidden, turned)[:MAX_MOVERS]:
+            found = True
+            _stamp(grid, turn(template), corner, scene.background)
+    return found
+
+
+@on_parts
 def stamp_at_markers(scene: Scene, objects: ObjectSet, keep: bool) -> Grid | None:
     """Return the grid with many-coloured objects completed, in any view, where cells of their rarer colours recur.
 
     Without `keep` the first objects vanish.
     """
     grid, found = scene.grid.copy(), False
-    hidden = scene.grid.copy()
     templates = _templates(objects, scene.grid)
-    for k in templates:
-        hidden[objects.labels == k + 1] = -2
+    is_template = np.isin(objects.labels, [k + 1 for k in templates])
+    hidden = np.where(is_template, -2, scene.grid)
     for k in templates:
         template = np.where(objects.masks[k], scene.grid[objects.boxes[k]], -1)
-        marker = np.where(template == objects.colors[k + 1], -1, template)
-        seen = set()
-        for turn in VIEWS if (marker >= 0).sum() > 1 else VIEWS[:1]:
-            turned = turn(marker)
-            key = turned.shape, turned.tobytes()
-            if key in seen:
-                continue
-            seen.add(key)
-            for corner in _places(hidden, turned)[:MAX_MOVERS]:
-                found = True
-                _stamp(grid, turn(template), corner, scene.background)
+        found |= _stamp_markers(scene, grid, hidden, template, int(objects.colors[k + 1]), False)
     if not found:
         return None
-    return grid if keep else np.where(hidden == -2, scene.background, grid)
+    return grid if keep else np.where(is_template, scene.background, grid)
 
 
-@on_objects
+@on_parts
+def stamp_largest_box(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with what is in the box of the largest object completed, in any view, where the rest recurs."""
+    k = int(objects.sizes[1:].argmax())
+    grid, hidden = scene.grid.copy(), scene.grid.copy()
+    hidden[objects.boxes[k]] = -2
+    template = scene.grid[objects.boxes[k]]
+    if (template == objects.colors[k + 1]).all():
+        return None
+    return grid if _stamp_markers(scene, grid, hidden, template, int(objects.colors[k + 1]), True) else None
+
+
+@on_parts
+def repeat_towards_hints(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with the largest object repeated towards each other one, in its colour, up to the border."""
+    if objects.count < 2 or objects.sizes.max() < 3:
+        return None
+    k = int(objects.sizes[1:].argmax())
+    (top, bottom), (left, right) = ((side.start, side.stop) for side in objects.boxes[k])
+    sides = np.array([bottom - top, right - left])
+    grid = scene.grid.copy()
+    for other, (rows, columns) in enumerate(objects.boxes, 1):
+        if other == k + 1:
+            continue
+        way = np.array([_side(rows, objects.boxes[k][0]), _side(columns, objects.boxes[k][1])])
+        template = np.where(objects.masks[k], objects.colors[other], -1)
+        for copy in range(1, 1 + max(scene.shape) // int(sides.min() + 1) if way.any() else 0):
+            _stamp(grid, template, np.array([top, left]) + copy * way * (sides + 1), scene.background)
+    return grid
+
+
+def _side(a: slice, b: slice) -> int:
+    """Return -1 if a range lies before another, 1 if behind it, 0 if they overlap."""
+    return int(a.start >= b.stop) - int(a.stop <= b.start)
+
+
+@on_parts
+def paste_into_solids(scene: Scene, objects: ObjectSet, turn: int) -> Grid | None:
+    """Return the grid with a view of a many-coloured full object in place of each one-colour one of the same box."""
+    full = [k for k in range(objects.count) if objects.masks[k].all() and objects.masks[k].size > 3]
+    patterns = [k for k in full if len(np.unique(scene.grid[objects.boxes[k]])) > 1]
+    grid = scene.grid.copy()
+    for k in full:
+        alike = [p for p in patterns if objects.masks[p].shape == objects.masks[k].shape]
+        if k not in patterns and alike:
+            grid[objects.boxes[k]] = VIEWS[turn](scene.grid[objects.boxes[alike[0]]])
+    return grid if patterns else None
+
+
+@on_parts
+def share_fullest_shape(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the objects that have the box of the one with most holes in its shape, each in its colour; others vanish."""
+    holes = objects.holes[1:]
+    if objects.count < 2 or holes.max() < 2:
+        return None
+    model = objects.masks[int(holes.argmax())]
+    grid = np.full(scene.shape, scene.background)
+    for color, box, mask in zip(objects.colors[1:], objects.boxes, objects.masks, strict=True):
+        if mask.shape == model.shape:
+            grid[box] = np.where(model, color, scene.background)
+    return grid
+
+
+@on_parts
 def stamp_at_cells(scene: Scene, objects: ObjectSet, own_color: bool) -> Grid | None:
     """Return the grid with the largest object stamped around every single cell; `own_color`: in the cell's colour."""
     singles = np.flatnonzero(objects.sizes == 1)
@@ -875,10 +1141,15 @@ def _complete(scene: Scene, grid: Grid, cells: np.ndarray, centre: np.ndarray, t
     """Write the reflections of cells about a centre on the background of `grid`, in place."""
     colors = scene.grid[cells[:, 0], cells[:, 1]]
     for image in _reflections(centre, cells, turns):
-        is_inside = ((image >= 0) & (image < scene.shape)).all(1)
-        rows, columns = image[is_inside].T
-        is_free = grid[rows, columns] == scene.background
-        grid[rows[is_free], columns[is_free]] = colors[is_inside][is_free]
+        _write(scene, grid, image, colors)
+
+
+def _write(scene: Scene, grid: Grid, places: np.ndarray, colors: np.ndarray) -> None:
+    """Write colours at those of the places [n, 2] that are background of `grid`, in place."""
+    is_inside = ((places >= 0) & (places < scene.shape)).all(1)
+    rows, columns = places[is_inside].T
+    is_free = grid[rows, columns] == scene.background
+    grid[rows[is_free], columns[is_free]] = colors[is_inside][is_free]
 
 
 def _centre(grid: Grid, mask: np.ndarray) -> np.ndarray:
@@ -900,7 +1171,7 @@ def _centre(grid: Grid, mask: np.ndarray) -> np.ndarray:
     return np.array(sides)
 
 
-@on_objects
+@on_parts
 def complete_objects(scene: Scene, objects: ObjectSet, turns: str) -> Grid:
     """Return the grid with every object mirrored or turned about its symmetric part, or its box's centre."""
     grid = scene.grid.copy()
@@ -913,6 +1184,31 @@ def complete_objects(scene: Scene, objects: ObjectSet, turns: str) -> Grid:
             continue
         _complete(scene, grid, np.argwhere(mask) + corner, centre, turns)
     return grid
+
+
+@on_parts
+def complete_about_lines(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with every object mirrored about the straight line that the cells of its rarest colour form."""
+    grid, found = scene.grid.copy(), False
+    for box, mask in zip(objects.boxes, objects.masks, strict=True):
+        colors = np.where(mask, scene.grid[box], scene.background)
+        counts = np.bincount(colors[mask], minlength=NUM_COLORS)
+        present = np.flatnonzero(counts)
+        if len(present) != 2 or counts[present[0]] == counts[present[1]]:
+            continue
+        cells = np.argwhere(colors == present[counts[present].argmin()])
+        spread = (np.ptp(cells, axis=0) > 0).tolist()
+        if sum(spread) != 1:
+            continue
+        found = True
+        corner = np.array([box[0].start, box[1].start])
+        centre = 2 * cells[0] + 2 * corner
+        axis = spread.index(False)
+        places = np.argwhere(mask) + corner
+        image = places.copy()
+        image[:, axis] = centre[axis] - places[:, axis]
+        _write(scene, grid, image, scene.grid[places[:, 0], places[:, 1]])
+    return grid if found else None
 
 
 @for_same_shape
@@ -1070,17 +1366,29 @@ def _layers(family: str, function: Callable, table: dict[str, dict]) -> list[Lay
     return [Layer(name, family, partial(function, **parameters)) for name, parameters in table.items()]
 
 
-def _both(family: str, function: Callable, name: str, **parameters) -> list[Layer]:
-    """Return a layer for one-colour and one for any objects; `name` has a {} for the kind."""
-    kinds = ("one-colour object", "object")
-    return _layers(family, function, {name.format(kind): {"kind": k, **parameters} for k, kind in enumerate(kinds)})
+MOVERS = ("block", "object")
+TRAITS = {
+    "copies of their shape": "shape_repeats",
+    "objects of their colour": "color_repeats",
+    "other cells in their box": "others_in_box",
+    "colours in their box": "num_box_colors",
+    "holes": "holes",
+    "mirror symmetry": "symmetry",
+    "height": "heights",
+}
+BOTH = ("one-colour object", "object")
+
+
+def _per_kind(family: str, function: Callable, name: str, kinds: tuple[str, ...] = BOTH, **parameters) -> list[Layer]:
+    """Return a layer for every kind of parts; `name` has a {} for the kind."""
+    return _layers(family, function, {name.format(kind): {"kind": kind, **parameters} for kind in kinds})
 
 
 def _region_layers() -> Iterator[Layer]:
     yield Layer("size of each background region", "region", mark_region_sizes)
     yield Layer("largest and smallest background regions", "regionrank", mark_region_extremes)
     yield Layer("form of each background region", "regionform", mark_region_forms)
-    yield Layer("parity of each background region", "regionparity", mark_region_parity)
+    yield Layer("parity of each hole", "parity", mark_hole_parity)
     yield Layer("borders of each background region", "regionborder", mark_region_borders)
     yield Layer("fill regions from their seeds", "seed", fill_from_seeds)
     yield Layer("fill holes from their frames", "frame", fill_from_frame)
@@ -1117,12 +1425,18 @@ def _distance_layers() -> Iterator[Layer]:
 
 
 def _trait_layers() -> Iterator[Layer]:
-    yield from _both("width", mark_widths, "width of each {}")
-    yield from _both("form", mark_forms, "form of each {}")
-    yield from _both("ends", mark_ends, "ends of each {}")
-    yield from _both("corners", mark_corners, "corners of each {}")
-    yield Layer("minority cells of each object", "minority", partial(mark_minority, kind=1))
-    yield from _both("outlinesize", outline_by_size, "outline by size of each {}")
+    for noun, trait in TRAITS.items():
+        yield from _per_kind("extremes", mark_trait_extremes, f"{{}}s with most and least {noun}", trait=trait)
+    yield from _per_kind("half", mark_halves, "halves of each {}")
+    yield from _per_kind("boxparity", mark_box_parity, "parities in each {}")
+    yield from _per_kind("boxedge", mark_box_edges, "box edges of each {}")
+    yield Layer("outline of each object of several cells", "outlinesize", partial(outline_several, kind="object"))
+    yield from _per_kind("width", mark_widths, "width of each {}")
+    yield from _per_kind("form", mark_forms, "form of each {}")
+    yield from _per_kind("ends", mark_ends, "ends of each {}")
+    yield from _per_kind("corners", mark_corners, "corners of each {}")
+    yield Layer("minority cells of each object", "minority", partial(mark_minority, kind="object"))
+    yield from _per_kind("outlinesize", outline_by_size, "outline by size of each {}")
     yield from _layers("outlinecolor", outline_in_color, {
         "outline in colour": {"diagonal": False},
         "outline with corners in colour": {"diagonal": True},
@@ -1135,7 +1449,9 @@ def _trait_layers() -> Iterator[Layer]:
         "squares of side 2 of background": {"side": 2, "ground": True},
         "squares of side 3 of background": {"side": 3, "ground": True},
     })  # fmt: skip
-    yield Layer("squares of side 3 of one colour", "square", mark_one_color_squares)
+    yield from _layers("square", mark_one_color_squares, {
+        f"squares of side {side} of one colour": {"side": side} for side in (3, 4)
+    })  # fmt: skip
     yield from _layers("plus", mark_pluses, {
         "pluses of foreground": {"ground": False},
         "pluses of background": {"ground": True},
@@ -1147,41 +1463,61 @@ def _trait_layers() -> Iterator[Layer]:
 
 
 def _color_layers() -> Iterator[Layer]:
-    yield Layer("colour of the object of the same shape", "sameshape", partial(color_of_same_shape, kind=0))
-    yield Layer("colour of the nearest object", "nearcolor", partial(color_of_nearest, kind=0))
-    yield Layer("each object in its rarest colour", "rarest", partial(color_of_rarest, kind=1))
-    yield Layer("colour that touches each object", "touching", partial(color_of_touching, kind=0))
+    yield Layer("colour of the object of the same shape", "sameshape", partial(color_of_same_shape, kind="one-colour object"))
+    yield Layer("colour of the nearest object", "nearcolor", partial(color_of_nearest, kind="one-colour object"))
+    yield Layer("each object in its rarest colour", "rarest", partial(color_of_rarest, kind="object"))
+    yield Layer("colour that touches each object", "touching", partial(color_of_touching, kind="one-colour object"))
     yield Layer("fill the box of each colour", "boxes", fill_color_boxes)
+    yield Layer("recolour by the legend", "legend", partial(recolor_by_legend, both_ways=False))
+    yield Layer("recolour by the legend, both ways", "legend", partial(recolor_by_legend, both_ways=True))
+    yield Layer("boxes by the legend", "legend", box_by_legend)
 
 
 def _motion_layers() -> Iterator[Layer]:
     for direction, name in enumerate(("left", "right", "up", "down")):
-        yield from _both("fall", fall, f"move each {{}} {name} until contact", direction=direction)
-    yield from _both("bar", fall_to_bar, "move each {} to the bar")
-    yield from _both("approach", approach_largest, "move each {} to the largest", trail=False)
-    yield from _both("trail", approach_largest, "trail of each {} to the largest", trail=True)
-    yield Layer("move each object to its colour", "homing", partial(approach_own_color, kind=0, drop=False))
-    yield Layer("move each object to its colour, or away", "homing", partial(approach_own_color, kind=0, drop=True))
-    yield Layer("gather cells", "gather", partial(gather, kind=0, aligned=False))
-    yield Layer("gather aligned cells", "gather", partial(gather, kind=0, aligned=True))
+        yield from _per_kind("fall", fall, f"move each {{}} {name} until contact", MOVERS, direction=direction)
+    yield from _per_kind("bar", fall_to_bar, "move each {} to the bar", MOVERS)
+    yield from _per_kind("approach", approach_largest, "move each {} to the largest", MOVERS, trail=False)
+    yield from _per_kind("trail", approach_largest, "trail of each {} to the largest", ("block",), trail=True)
+    yield Layer("move each object to its colour", "homing", partial(approach_own_color, kind="one-colour object"))
+    yield from _layers("gather", partial(gather, kind="one-colour object"), {
+        "gather cells": {"anchor": "nearest", "unaligned": "move"},
+        "gather aligned cells": {"anchor": "nearest", "unaligned": "stay"},
+        "gather aligned cells at the largest": {"anchor": "largest", "unaligned": "vanish"},
+        "gather aligned cells at their colour": {"anchor": "own", "unaligned": "vanish"},
+    })  # fmt: skip
 
 
 def _line_layers() -> Iterator[Layer]:
-    yield Layer("ray from each odd cell", "tip", partial(shoot_tips, kind=1, backward=False))
-    yield Layer("ray from each odd cell across", "tip", partial(shoot_tips, kind=1, backward=True))
-    yield Layer("extend lines", "extend", partial(extend_lines, kind=0))
+    yield Layer("ray from each odd cell", "tip", partial(shoot_tips, kind="object", backward=False))
+    yield Layer("ray from each odd cell across", "tip", partial(shoot_tips, kind="object", backward=True))
+    yield Layer("extend lines", "extend", partial(extend_lines, kind="one-colour object"))
     yield Layer("join the rarest colour", "join", join_rarest)
+    yield Layer("join the rarest colour and what is between", "join", join_rarest_touching)
+    yield Layer("cross through the largest objects", "crossing", partial(cross_through_squares, kind="one-colour object"))
+    yield from _layers("emptiest", mark_emptiest_lines, {"emptiest rows": {"axis": 0}, "emptiest columns": {"axis": 1}})
+    yield Layer("stripes", "stripes", smooth_stripes)
     yield Layer("elbow, down first", "elbow", partial(join_by_elbow, down_first=True))
     yield Layer("elbow, across first", "elbow", partial(join_by_elbow, down_first=False))
 
 
 def _pattern_layers() -> Iterator[Layer]:
-    yield Layer("complete at markers", "stamp", partial(stamp_at_markers, kind=1, keep=True))
-    yield Layer("move to markers", "stamp", partial(stamp_at_markers, kind=1, keep=False))
-    yield Layer("copy the largest object to cells", "copy", partial(stamp_at_cells, kind=1, own_color=False))
-    yield Layer("copy the largest object to cells in their colour", "copy", partial(stamp_at_cells, kind=1, own_color=True))
+    yield from _per_kind("stamp", stamp_at_markers, "complete each {} at markers", ("object", "cluster"), keep=True)
+    yield from _per_kind("stamp", stamp_at_markers, "move each {} to markers", ("object", "cluster"), keep=False)
+    yield Layer("complete the largest box at markers", "stamp", partial(stamp_largest_box, kind="one-colour object"))
+    yield Layer("repeat the largest object towards others", "hint", partial(repeat_towards_hints, kind="one-colour object"))
+    for turn, name in enumerate(("", " mirrored left-right", " mirrored top-bottom", " turned by half")):
+        yield Layer(f"paste into solids{name}", "paste", partial(paste_into_solids, kind="object", turn=turn))
+    yield Layer("share the shape with most holes", "share", partial(share_fullest_shape, kind="one-colour object"))
+    yield from _per_kind("copy", stamp_at_cells, "copy the largest {} to cells", ("loose object",), own_color=False)
+    yield from _per_kind("copy", stamp_at_cells, "copy the largest {} to cells in their colour", ("loose object",), own_color=True)
+    yield from _layers("flip", partial(flip_objects, kind=0), {
+        "mirror each one-colour object left-right": {"index": 1},
+        "mirror each one-colour object top-bottom": {"index": 2},
+    })  # fmt: skip
     for turns, name in (("mirrors", "both mirrors"), ("turns", "quarter turns"), ("all", "all views")):
-        yield Layer(f"complete each object by {name}", "complete", partial(complete_objects, kind=1, turns=turns))
+        yield Layer(f"complete each object by {name}", "complete", partial(complete_objects, kind="object", turns=turns))
+    yield Layer("complete each object about its line", "complete", partial(complete_about_lines, kind="object"))
     yield Layer("complete about the cross", "cross", complete_about_cross)
     yield Layer("continue the diagonals", "diagonal", continue_diagonals)
     yield from _layers("repeat", repeat_foreground, {

@@ -27,7 +27,7 @@ import numpy as np
 
 from demo_prior import Demonstrations, Grid, Preference, Shape, demo_prior, size_prior
 
-PRIOR_VERSION = 2  # of the numbers that demo_prior and size_prior give
+PRIOR_VERSION = 3  # of the numbers that demo_prior and size_prior give
 FORMAT = 1  # of the bytes below
 MAX_CANDIDATES = 8
 SIZE = struct.Struct("<BBd")  # rows, columns, probability

@@ -18,6 +18,8 @@ LAYERS = {
     "arc_data": 0,
     "grid_hypotheses": 0,
     "size_hypotheses": 0,
+    "part_hypotheses": 0,
+    "motion_hypotheses": 0,
     "cell_features": 0,
     "expert_tree": 0,
     "task_rewrites": 0,
@@ -41,6 +43,8 @@ LAYERS = {
 WITHIN_LAYER = {
     ("arc_data", "config"),
     ("size_hypotheses", "grid_hypotheses"),
+    ("part_hypotheses", "grid_hypotheses"),
+    ("motion_hypotheses", "grid_hypotheses"),
     ("cell_features", "grid_hypotheses"),
     ("task_rewrites", "grid_hypotheses"),
     ("task_features", "grid_hypotheses"),
@@ -147,8 +151,8 @@ def test_no_module_uses_the_deprecated_cuda_amp(module):
             assert not ast.unparse(node).startswith("torch.cuda.amp"), f"line {node.lineno}"
 
 
-PRIOR_MODULES = ("grid_hypotheses", "size_hypotheses", "cell_features", "expert_tree", "task_rewrites", "task_features",
-                 "demo_prior")  # fmt: skip
+PRIOR_MODULES = ("grid_hypotheses", "part_hypotheses", "motion_hypotheses", "size_hypotheses",
+                 "cell_features", "expert_tree", "task_rewrites", "task_features", "demo_prior")  # fmt: skip
 
 
 @pytest.mark.parametrize("module", PRIOR_MODULES)
