@@ -27,6 +27,7 @@ from grid_hypotheses import (
     Panels,
     Scene,
     flip_objects,
+    bounding_box,
     for_same_shape,
     label,
     most_common,
@@ -68,10 +69,18 @@ def _blocks(scene: Scene) -> Parts:
     return Parts(scene, scene.foreground, diagonal=False, one_color=True)
 
 
+def _smeared(mask: np.ndarray) -> np.ndarray:
+    """Return the cells with a set cell at or next above and left; what has one cell in between becomes connected."""
+    smeared = mask.copy()
+    smeared[1:] |= mask[:-1]
+    smeared[:, 1:] |= smeared[:, :-1].copy()
+    return smeared
+
+
 @lru_cache(maxsize=4)
 def _clusters(scene: Scene) -> Parts:
     """Return the objects of any colours, those with one cell between them being one."""
-    clusters = Parts(scene, neighbor_counts(scene.foreground) + scene.foreground > 0, diagonal=True, one_color=False)
+    clusters = Parts(scene, _smeared(scene.foreground), diagonal=True, one_color=False)
     return _relabelled(scene, np.where(scene.foreground, clusters.labels, 0))
 
 
@@ -211,6 +220,19 @@ def mark_hole_parity(scene: Scene, regions: Parts) -> Grid | None:
 
 
 @on_regions
+def mark_outer_holes(scene: Scene, regions: Parts) -> Grid | None:
+    """Return the grid with every enclosed background region marked by whether it is at the edge of the box of all."""
+    if not scene.enclosed.any():
+        return None
+    rows, columns = bounding_box(scene.enclosed)
+    edge = np.zeros(scene.shape, bool)
+    edge[rows, columns] = True
+    edge[rows.start + 1 : rows.stop - 1, columns.start + 1 : columns.stop - 1] = False
+    is_outer = np.bincount(regions.labels[edge], minlength=regions.count + 1) > 0
+    return np.where(scene.enclosed, MARK + is_outer[regions.labels], scene.grid)
+
+
+@on_regions
 def mark_region_borders(scene: Scene, regions: Parts) -> Grid:
     """Return the grid with every background region marked by the number of borders that it touches."""
     touched = np.zeros(regions.count + 1, np.int64)
@@ -265,13 +287,19 @@ def fill_between_walls(scene: Scene, closed: bool) -> Grid | None:
 @for_same_shape
 def mark_object_depth(scene: Scene, diagonal: bool) -> Grid:
     """Return the grid with every one-colour object marked by the distance to its edge."""
+    depth = _depth(_core(scene, diagonal) & scene.foreground, diagonal)
+    return np.where(scene.foreground, _number(depth), scene.grid)
+
+
+def _core(scene: Scene, diagonal: bool) -> np.ndarray:
+    """Return the cells all of whose 8 (or 4) neighbours have their colour."""
     grid = np.pad(scene.grid, 1, constant_values=-1)
-    middle, core = grid[1:-1, 1:-1], scene.foreground.copy()
+    core = np.ones(scene.shape, bool)
     height, width = scene.shape
     for a, b in STEPS8:
         if diagonal or not a or not b:
-            core &= grid[1 + a : 1 + a + height, 1 + b : 1 + b + width] == middle
-    return np.where(scene.foreground, _number(_depth(core, diagonal)), scene.grid)
+            core &= grid[1 + a : 1 + a + height, 1 + b : 1 + b + width] == scene.grid
+    return core
 
 
 @for_same_shape
@@ -305,6 +333,15 @@ def spread_nearest(scene: Scene, diagonal: bool) -> Grid:
     colors, rows, columns = _distances(scene)
     distance = np.maximum(rows, columns) if diagonal else rows + columns
     return colors[distance.argmin(1)].reshape(scene.shape)
+
+
+@on_sources
+def spread_rings(scene: Scene, diagonal: bool) -> Grid:
+    """Return the grid with background at even distances from the foreground in the colour of the nearest."""
+    colors, rows, columns = _distances(scene)
+    distance = np.maximum(rows, columns) if diagonal else rows + columns
+    nearest, least = colors[distance.argmin(1)], distance.min(1)
+    return np.where(least % 2 == 0, nearest, scene.background).reshape(scene.shape)
 
 
 @on_sources
@@ -372,13 +409,13 @@ def _mark_objects(scene: Scene, objects: ObjectSet, values: np.ndarray) -> Grid:
 
 
 @on_parts
-def mark_trait_extremes(scene: Scene, objects: ObjectSet, trait: str) -> Grid | None:
-    """Return the grid with every object marked: most of a trait, least of it, others."""
+def mark_trait_extremes(scene: Scene, objects: ObjectSet, trait: str, most: bool) -> Grid | None:
+    """Return the grid with a mark on the objects with the most, or least, of a trait, unless all are alike."""
     values = getattr(objects, trait)
-    most, least = values[1:].max(), values[1:].min()
-    if most == least:
-        return None
-    return _mark_objects(scene, objects, np.where(values == most, 0, np.where(values == least, 1, 2)))
+    extreme = values[1:].max() if most else values[1:].min()
+    is_extreme = values == extreme
+    is_extreme[0] = False
+    return np.where(is_extreme[objects.labels], MARK, scene.grid) if is_extreme.sum() < objects.count else None
 
 
 def _starts(objects: ObjectSet) -> np.ndarray:
@@ -402,6 +439,21 @@ def mark_box_parity(scene: Scene, objects: ObjectSet) -> Grid:
     top, _, left, _ = (side[objects.labels] for side in _starts(objects))
     rows, columns = np.indices(scene.shape)
     return np.where(objects.labels > 0, MARK + 2 * ((rows - top) % 2) + (columns - left) % 2, scene.grid)
+
+
+@on_parts
+def mark_odd_cells(scene: Scene, objects: ObjectSet, chess: bool) -> Grid:
+    """Return the grid with a mark on cells in odd rows and columns of their object's box, or odd on a chessboard."""
+    top, _, left, _ = (side[objects.labels] for side in _starts(objects))
+    rows, columns = np.indices(scene.shape)
+    row, column = (rows - top) % 2, (columns - left) % 2
+    return np.where((objects.labels > 0) & (row != column if chess else row & column > 0), MARK, scene.grid)
+
+
+@on_parts
+def mark_specks(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with a mark on objects of one or two cells."""
+    return np.where((objects.labels > 0) & (objects.sizes <= 2)[objects.labels], MARK, scene.grid)
 
 
 @on_parts
@@ -476,6 +528,53 @@ def outline_in_color(scene: Scene, diagonal: bool) -> Grid:
             beside = padded[1 + a : 1 + a + height, 1 + b : 1 + b + width]
             grid = np.where(grid == scene.background, beside, grid)
     return grid
+
+
+def _draw_frame(grid: Grid, box: Box, grow: int, symbol: int) -> None:
+    """Write the outline of a box, grown on all sides, in place; what lies outside the grid is cut."""
+    rows, columns = (slice(side.start - grow, side.stop + grow) for side in box)
+    inside = slice(max(0, rows.start), max(0, rows.stop)), slice(max(0, columns.start), max(0, columns.stop))
+    for row in (rows.start, rows.stop - 1):
+        if 0 <= row < grid.shape[0] and rows.stop > rows.start:
+            grid[row, inside[1]] = symbol
+    for column in (columns.start, columns.stop - 1):
+        if 0 <= column < grid.shape[1] and columns.stop > columns.start:
+            grid[inside[0], column] = symbol
+
+
+@on_parts
+def frame_objects(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with a marked frame on the background around the box of every object."""
+    grid = scene.grid.copy()
+    for box in objects.boxes:
+        _draw_frame(grid, box, 1, MARK)
+    return np.where(scene.foreground, scene.grid, grid)
+
+
+@for_same_shape
+def frame_rarest(scene: Scene, grow: int) -> Grid | None:
+    """Return the grid with a marked frame on the background along the box of the rarest colour."""
+    if not scene.by_frequency:
+        return None
+    grid = scene.grid.copy()
+    _draw_frame(grid, scene.color_boxes[scene.by_frequency[-1]], grow, MARK)
+    return np.where(scene.foreground, scene.grid, grid)
+
+
+@for_same_shape
+def mark_rarest_boxes(scene: Scene) -> Grid | None:
+    """Return the grid with a mark on other cells in the boxes of clusters of the rarest colour."""
+    if not scene.by_frequency:
+        return None
+    is_rarest = scene.grid == scene.by_frequency[-1]
+    clusters = Parts(scene, _smeared(is_rarest), diagonal=True, one_color=False)
+    if clusters.count > MAX_OBJECTS:
+        return None
+    marked = np.zeros(scene.shape, bool)
+    labels = np.where(is_rarest, clusters.labels, 0)
+    for k in range(1, clusters.count + 1):
+        marked[bounding_box(labels == k)] = True
+    return np.where(marked & ~is_rarest, MARK, scene.grid)
 
 
 @for_same_shape
@@ -582,26 +681,59 @@ def color_of_same_shape(scene: Scene, objects: ObjectSet) -> Grid | None:
     return _recolored(scene, objects, colors) if teacher else None
 
 
-def _gaps(boxes: list[Box]) -> np.ndarray:
-    """Return the larger of the row and column distances of all pairs of boxes, [n, n]."""
-    top, bottom, left, right = (np.array(side) for side in zip(*((r.start, r.stop, c.start, c.stop) for r, c in boxes), strict=True))
-    rows = np.maximum(top[:, None] - bottom, top - bottom[:, None]) + 1
-    columns = np.maximum(left[:, None] - right, left - right[:, None]) + 1
-    return np.maximum(np.maximum(rows, 0), np.maximum(columns, 0))
+@on_parts
+def paint_like_same_shape(scene: Scene, objects: ObjectSet, keep: bool) -> Grid | None:
+    """Return the grid with one-colour objects painted like the many-coloured one of their shape, if any."""
+    grid, models, found = scene.grid.copy(), {}, False
+    plain = []
+    for box, mask in zip(objects.boxes, objects.masks, strict=True):
+        part = scene.grid[box]
+        if mask.sum() > 1 and len(np.unique(part[mask])) > 1:
+            models.setdefault((mask.shape, mask.tobytes()), np.where(mask, part, scene.background))
+            grid[box][mask] = part[mask] if keep else scene.background
+        else:
+            plain.append((box, mask))
+    for box, mask in plain:
+        model = models.get((mask.shape, mask.tobytes()))
+        if model is not None:
+            grid[box][mask], found = model[mask], True
+    return grid if found else None
 
 
 @on_parts
-def color_of_nearest(scene: Scene, objects: ObjectSet) -> Grid | None:
-    """Return the grid with the largest object's colour replaced, object by object, by the nearest other colour."""
+def shift_colors(scene: Scene, objects: ObjectSet, axis: int, shift: int) -> Grid | None:
+    """Return the grid with the objects' colours passed on along an axis, cyclically; `shift` 0: reversed."""
+    if objects.count < 2:
+        return None
+    order = np.argsort(objects.order(axis)[1:]) + 1
+    colors = objects.colors.copy()
+    colors[order] = np.roll(colors[order], shift) if shift else colors[order][::-1]
+    return _recolored(scene, objects, colors)
+
+
+@on_parts
+def color_of_nearest(scene: Scene, objects: ObjectSet, keep: bool) -> Grid | None:
+    """Return the grid with the largest object's colour replaced, object by object, by the nearest other colour.
+
+    Without `keep` the objects of other colours vanish.
+    """
     colors = objects.colors
     usual = int(colors[1 + int(objects.sizes[1:].argmax())])
     is_other = colors[1:] != usual
     if not is_other.any():
         return None
-    gaps = np.where(is_other, _gaps(objects.boxes), 10**6)
-    nearest = 1 + gaps.argmin(1)
+    cells = np.argwhere(scene.foreground)
+    if len(cells) > MAX_SOURCES:
+        return None
+    labels = objects.labels[cells[:, 0], cells[:, 1]]
+    is_target = colors[labels] != usual
+    targets, hue = cells[is_target], colors[labels[is_target]]
+    nearest = colors.copy()
+    for k in np.flatnonzero(colors[1:] == usual) + 1:
+        gaps = np.abs(cells[labels == k][:, None] - targets).sum(2).min(0)
+        nearest[k] = hue[gaps.argmin()]
     new = colors.copy()
-    new[1:] = np.where(is_other, colors[1:], colors[nearest])
+    new[1:] = np.where(is_other, colors[1:] if keep else scene.background, nearest[1:])
     return _recolored(scene, objects, new)
 
 
@@ -657,7 +789,7 @@ def _legend(scene: Scene) -> tuple[dict[int, int], np.ndarray] | None:
             continue
         part = scene.grid[box]
         pairs = part if part.shape[1] == 2 else part.T
-        if (pairs[:, 0] == pairs[:, 1]).any() or len(set(pairs[:, 0].tolist())) < len(pairs):
+        if (pairs[:, 0] == pairs[:, 1]).any():
             continue
         table.update(pairs.tolist())
         cells[box] = True
@@ -689,7 +821,7 @@ def box_by_legend(scene: Scene) -> Grid | None:
         if color in found[0] and not found[1][rows, columns].any():
             part = grid[max(0, rows.start - 1) : rows.stop + 1, max(0, columns.start - 1) : columns.stop + 1]
             part[part == scene.background] = found[0][color]
-    return grid
+    return np.where(scene.enclosed, scene.background, grid)
 
 
 # 6. Motion ------------------------------------------------------------------------------------------------------------
@@ -800,6 +932,54 @@ def approach_own_color(scene: Scene, objects: ObjectSet) -> Grid | None:
 
 
 @on_parts
+def move_by_size(scene: Scene, objects: ObjectSet, direction: int) -> Grid:
+    """Return the grid with every object moved in a direction by its own height or width."""
+    grid = np.where(objects.labels > 0, scene.background, scene.grid)
+    rows, columns = np.nonzero(objects.labels)
+    labels, (a, b) = objects.labels[rows, columns], _STEPS[direction]
+    height, width = _box_sides(objects)
+    places = np.stack([rows + a * height[labels], columns + b * width[labels]], 1)
+    is_inside = ((places >= 0) & (places < scene.shape)).all(1)
+    grid[places[is_inside, 0], places[is_inside, 1]] = scene.grid[rows, columns][is_inside]
+    return grid
+
+
+@on_parts
+def turn_objects(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with every object turned by a quarter about the middle of its box, where that is a cell."""
+    grid, found = scene.grid.copy(), False
+    for k, (box, mask) in enumerate(zip(objects.boxes, objects.masks, strict=True), 1):
+        height, width = mask.shape
+        if (height + width) % 2 == 0 and mask.size > 1:
+            grid[objects.labels == k] = scene.background
+    for box, mask in zip(objects.boxes, objects.masks, strict=True):
+        height, width = mask.shape
+        if (height + width) % 2 or mask.size == 1:
+            continue
+        found = True
+        turned = np.rot90(np.where(mask, scene.grid[box], -1), -1)
+        _stamp(grid, turned, np.array([box[0].start, box[1].start]) + (height - width) // 2 * np.array([1, -1]), scene.background)
+    return grid if found else None
+
+
+@on_parts
+def centre_largest(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with the largest object moved to the middle of the box of the others."""
+    k = 1 + int(objects.sizes[1:].argmax())
+    others = bounding_box((objects.labels > 0) & (objects.labels != k))
+    if others is None:
+        return None
+    box = objects.boxes[k - 1]
+    way = [o.start + o.stop - b.start - b.stop for o, b in zip(others, box, strict=True)]
+    if any(w % 2 for w in way):
+        return None
+    template = np.where(objects.masks[k - 1], scene.grid[box], -1)
+    grid = np.where(objects.labels == k, scene.background, scene.grid)
+    _stamp(grid, template, np.array([b.start + w // 2 for b, w in zip(box, way, strict=True)]), scene.background)
+    return grid
+
+
+@on_parts
 def gather(scene: Scene, objects: ObjectSet, anchor: str, unaligned: str) -> Grid | None:
     """Return the grid with single cells moved to the edge of an object: the nearest, the largest, or of "own" colour.
 
@@ -807,9 +987,9 @@ def gather(scene: Scene, objects: ObjectSet, anchor: str, unaligned: str) -> Gri
     """
     sizes, colors = objects.sizes, objects.colors
     if anchor == "nearest":
-        is_anchor = sizes > 1
+        is_anchor = 2 * sizes > max(2, sizes.max())
     elif anchor == "largest":
-        is_anchor = np.arange(len(sizes)) == sizes.argmax()
+        is_anchor = colors == colors[sizes.argmax()]
     else:
         largest = np.zeros(NUM_COLORS, np.int64)
         np.maximum.at(largest, colors[1:], sizes[1:])
@@ -917,27 +1097,25 @@ def join_rarest_touching(scene: Scene) -> Grid | None:
     line = _joining_line(scene)
     if line is None:
         return None
-    objects = scene.objects[0]
+    objects = _blocks(scene)
     touched = np.bincount(objects.labels[line], minlength=objects.count + 1) > 0
     touched[0] = False
     return np.where(touched[objects.labels], MARK + 1, np.where(line, MARK, scene.grid))
 
 
-@on_parts
-def cross_through_squares(scene: Scene, objects: ObjectSet) -> Grid | None:
-    """Return the grid with the rows and columns through the middle of the largest objects, where their box is odd.
-
-    Background takes the object's colour, other foreground is marked.
-    """
-    grid = scene.grid.copy()
-    for k in np.flatnonzero(objects.sizes == objects.sizes.max()):
-        rows, columns = objects.boxes[k - 1]
-        if (rows.stop - rows.start) % 2 == 0 or (columns.stop - columns.start) % 2 == 0 or objects.sizes[k] < 3:
-            return None
-        for line in (((rows.start + rows.stop) // 2, slice(None)), (slice(None), (columns.start + columns.stop) // 2)):
-            is_other = scene.foreground[line] & (objects.labels[line] != k)
-            grid[line] = np.where(is_other, MARK, objects.colors[k])
-    return grid
+@for_same_shape
+def cross_through_squares(scene: Scene) -> Grid | None:
+    """Return the grid with lines through the middle of each square of nine cells of one colour, crossings marked."""
+    middle = _core(scene, True) & scene.foreground
+    rows, columns = np.nonzero(middle)
+    if not 0 < len(rows) <= MAX_JOINED:
+        return None
+    across, along = np.full(scene.shape, -1), np.full(scene.shape, -1)
+    across[rows] = scene.grid[rows, columns][:, None]
+    along[:, columns] = scene.grid[rows, columns]
+    is_crossing = (across >= 0) & (along >= 0) & (across != along)
+    grid = np.where(along >= 0, along, np.where(across >= 0, across, scene.grid))
+    return np.where(is_crossing, MARK, grid)
 
 
 @for_same_shape
@@ -960,18 +1138,61 @@ def smooth_stripes(scene: Scene) -> Grid:
     return rows[1] if rows[0] >= columns[0] else columns[1].T
 
 
+@on_parts
+def draw_diamonds(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with background marked in the diamond whose diagonal is a straight object."""
+    inside = np.zeros(scene.shape, bool)
+    rows, columns = np.indices(scene.shape)
+    for (r, c), mask in zip(objects.boxes, objects.masks, strict=True):
+        height, width = mask.shape
+        if min(height, width) == 1 and mask.size > 2:
+            twice = np.abs(2 * rows - (r.start + r.stop - 1)) + np.abs(2 * columns - (c.start + c.stop - 1))
+            inside |= twice < mask.size
+    inside &= scene.ground
+    return np.where(inside, MARK, scene.grid) if inside.any() else None
+
+
 @for_same_shape
-def join_by_elbow(scene: Scene, down_first: bool) -> Grid | None:
-    """Return the grid with two lone cells joined by a marked path with one turn, from the upper one on."""
+def fill_to_corner(scene: Scene) -> Grid | None:
+    """Return the grid with the rectangle from the foreground to the nearest corner in the foreground's colour."""
+    if scene.foreground_box is None or len(scene.by_frequency) != 1:
+        return None
+    grid = scene.grid.copy()
+    sides = []
+    for side, length in zip(scene.foreground_box, scene.shape, strict=True):
+        sides.append(slice(0, side.stop) if side.start < length - side.stop else slice(side.start, length))
+    grid[tuple(sides)] = scene.by_frequency[0]
+    return grid
+
+
+@for_same_shape
+def join_by_elbow(scene: Scene, color: int) -> Grid | None:
+    """Return the grid with two lone cells joined by a marked path with one turn, which leaves a colour vertically."""
     cells = np.argwhere(scene.foreground)
-    if len(cells) != 2:
+    if len(cells) != 2 or scene.counts[color] != 1 or color == scene.background:
         return None
     (top, start), (bottom, end) = cells.tolist()
+    leaves_top = scene.grid[top, start] == color
     grid = scene.grid.copy()
-    left, right = min(start, end), max(start, end)
-    grid[top : bottom + 1, start if down_first else end] = MARK
-    grid[bottom if down_first else top, left : right + 1] = MARK
+    grid[top : bottom + 1, start if leaves_top else end] = MARK
+    grid[bottom if leaves_top else top, min(start, end) : max(start, end) + 1] = MARK
     return np.where(scene.foreground, scene.grid, grid)
+
+
+@for_same_shape
+def bounce(scene: Scene, direction: int) -> Grid | None:
+    """Return the grid with a diagonal path in a direction from the only foreground cell, reflected by the sides."""
+    turned = view(scene.grid, direction)
+    cells = np.argwhere(turned != scene.background)
+    height, width = turned.shape
+    if len(cells) != 1 or height < 2 or cells[0][1] == 0:
+        return None
+    row, column = cells[0].tolist()
+    way = np.arange(column + 1) * (1 if 2 * row < height else -1)
+    place = (row + way) % (2 * height - 2)
+    grid = turned.copy()
+    grid[np.minimum(place, 2 * height - 2 - place), column - np.arange(column + 1)] = turned[row, column]
+    return unview(grid, direction)
 
 
 # 8. Stamps and symmetry -----------------------------------------------------------------------------------------------
@@ -984,13 +1205,14 @@ def _templates(objects: ObjectSet, grid: Grid) -> list[int]:
     return many[:MAX_TEMPLATES]
 
 
-def _places(grid: Grid, marker: Grid) -> np.ndarray:
-    """Return the upper left corners (from the padding on) where all marked cells of `marker` (>= 0) have their colour."""
+def _places(grid: Grid, marker: Grid, ground: int) -> np.ndarray:
+    """Return the upper left corners where all set cells (>= 0) of `marker` have their colour, its ground also outside."""
     (h, w), (height, width) = marker.shape, grid.shape
     padded = np.pad(grid, ((h, h), (w, w)), constant_values=-1)
     fits = np.ones((height + h, width + w), bool)
     for i, j in np.argwhere(marker >= 0):
-        fits &= padded[i : i + height + h, j : j + width + w] == marker[i, j]
+        part = padded[i : i + height + h, j : j + width + w]
+        fits &= (part == marker[i, j]) | ((part == -1) & (marker[i, j] == ground))
     return np.argwhere(fits) - (h, w)
 
 
@@ -1008,21 +1230,20 @@ def _stamp(grid: Grid, template: Grid, corner: np.ndarray, background: int) -> N
 def _stamp_markers(scene: Scene, grid: Grid, hidden: Grid, template: Grid, color: int, exact: bool) -> bool:
     """Stamp a template on `grid`, in any view, where its cells but of one colour are found in `hidden`; say if any are.
 
-    With `exact` the others must be background there.
+    With `exact` the others must be background there. Cells that are found are crossed out.
     """
     marker = np.where(template == color, scene.background if exact else -1, template)
     if not 0 < (marker >= 0).sum() <= MAX_MARKERS:
         return False
-    found, seen = False, set()
+    found = False
     for turn in VIEWS if (marker >= 0).sum() > 1 else VIEWS[:1]:
         turned = turn(marker)
-        key = turned.shape, turned.tobytes()
-        if key in seen:
-            continue
-        seen.add(key)
-        for corner in _places(hidden, turned)[:MAX_MOVERS]:
+        cells = np.argwhere((turned >= 0) & (turned != scene.background))
+        for corner in _places(hidden, turned, scene.background)[:MAX_MOVERS]:
             found = True
             _stamp(grid, turn(template), corner, scene.background)
+            rows, columns = (cells + corner).T
+            hidden[rows, columns] = -3
     return found
 
 
@@ -1042,6 +1263,21 @@ def stamp_at_markers(scene: Scene, objects: ObjectSet, keep: bool) -> Grid | Non
     if not found:
         return None
     return grid if keep else np.where(is_template, scene.background, grid)
+
+
+@on_parts
+def stamp_at_color(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with many-coloured objects copied to single cells, so that their only cell of that colour fits."""
+    grid, found = scene.grid.copy(), False
+    templates = [np.where(objects.masks[k], scene.grid[objects.boxes[k]], -1) for k in _templates(objects, scene.grid)]
+    for single in np.flatnonzero(objects.sizes == 1):
+        color, box = objects.colors[single], objects.boxes[single - 1]
+        fitting = [template for template in templates if (template == color).sum() == 1]
+        if fitting:
+            found = True
+            corner = np.array([box[0].start, box[1].start]) - np.argwhere(fitting[0] == color)[0]
+            _stamp(grid, fitting[0], corner, scene.background)
+    return grid if found else None
 
 
 @on_parts
@@ -1279,9 +1515,10 @@ def on_panels_in_place(function: Callable[..., np.ndarray | None]) -> Callable[.
 
     @wraps(function)
     def hypothesis(scene: Scene, **parameters) -> Grid | None:
-        if scene.separators is None:
+        found = scene.separators or _panels_on_ground(scene)
+        if found is None:
             return None
-        panels, keep_row, keep_column = scene.separators
+        panels, keep_row, keep_column = found
         new = function(panels, scene, **parameters)
         if new is None:
             return None
@@ -1295,6 +1532,21 @@ def on_panels_in_place(function: Callable[..., np.ndarray | None]) -> Callable[.
     return for_same_shape(hypothesis)
 
 
+def _panels_on_ground(scene: Scene) -> tuple[Panels, np.ndarray, np.ndarray] | None:
+    """Return panels of equal size between full lines of background, and which rows and columns are not such lines."""
+    keeps = scene.foreground.any(1), scene.foreground.any(0)
+    runs = []
+    for keep in keeps:
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8))).tolist()
+        runs.append([slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)])
+        if len({run.stop - run.start for run in runs[-1]}) != 1:
+            return None
+    if len(runs[0]) * len(runs[1]) < 2:
+        return None
+    grids = np.stack([scene.grid[r, c] for r in runs[0] for c in runs[1]])
+    return Panels(grids, (len(runs[0]), len(runs[1]))), *keeps
+
+
 def _panel_ground(panels: Panels, scene: Scene) -> int:
     """Return the most common colour in panels, the first at ties."""
     return int(most_common(np.zeros(panels.grids.size, np.int64), panels.grids.ravel(), 1)[0])
@@ -1302,18 +1554,54 @@ def _panel_ground(panels: Panels, scene: Scene) -> int:
 
 @on_panels_in_place
 def link_panels(panels: Panels, scene: Scene, axes: str) -> np.ndarray:
-    """Return panels in which equal colours at the same place of two panels in a row or column are joined."""
-    rows, columns = panels.layout
-    ground = _panel_ground(panels, scene)
-    cells = panels.grids.reshape(rows, columns, *panels.grids.shape[1:])
-    result = cells.copy()
-    for axis in {"rows": (1,), "columns": (0,), "both": (1, 0)}[axes]:
+    """Return panels in which equal colours at the same place of two panels in a row or column are joined.
+
+    Of `axes` "rows", "columns", "both" and "marked" the last marks where different colours cross.
+    """
+    cells = panels.grids.reshape(*panels.layout, *panels.grids.shape[1:])
+    return _linked(cells, _panel_ground(panels, scene), axes).reshape(panels.grids.shape)
+
+
+@for_same_shape
+def link_rooms(scene: Scene) -> Grid | None:
+    """Return the rooms between full lines in their commonest colour, equal ones joined, where others cross marked.
+
+    The lines have the colour that most full rows and columns have; rooms may differ in size.
+    """
+    grid = scene.grid
+    is_row, is_column = (grid == grid[:, :1]).all(1), (grid == grid[:1]).all(0)
+    ends = np.concatenate([grid[is_row, 0], grid[0, is_column]])
+    if not len(ends):
+        return None
+    wall = int(most_common(np.zeros_like(ends), ends, 1)[0])
+    walls = is_row & (grid[:, 0] == wall), is_column & (grid[0] == wall)
+    row, column = (wall_line.cumsum() for wall_line in walls)
+    shape = int(row[-1]) + 1, int(column[-1]) + 1
+    inside = ~walls[0][:, None] & ~walls[1]
+    if shape[0] * shape[1] < 4 or not inside.any():
+        return None
+    index = row[:, None] * shape[1] + column
+    ground = int(most_common(np.zeros(inside.sum(), np.int64), grid[inside], 1)[0])
+    is_set = inside & (grid != ground)
+    colors = most_common(index[is_set], grid[is_set], shape[0] * shape[1])
+    linked = _linked(np.where(colors < 0, ground, colors).reshape(shape), ground, "marked")
+    return np.where(inside, linked.ravel()[index], grid)
+
+
+def _linked(cells: np.ndarray, ground: int, axes: str) -> np.ndarray:
+    """Return cells in which equal colours along the first or second axis are joined."""
+    links = []
+    for axis in {"rows": (1,), "columns": (0,)}.get(axes, (1, 0)):
         line = np.moveaxis(cells, axis, 0)
         before, after = _hits(line, ground), _hits(line[::-1], ground)[::-1]
         is_between = (line == ground) & (before == after) & (before >= 0)
-        target = np.moveaxis(result, axis, 0)
-        target[is_between] = before[is_between]
-    return result.reshape(panels.grids.shape)
+        links.append(np.moveaxis(np.where(is_between, before, -1), 0, axis))
+    result = cells
+    for link in links:
+        result = np.where(link >= 0, link, result)
+    if axes == "marked":
+        result = np.where((links[0] >= 0) & (links[1] >= 0) & (links[0] != links[1]), MARK, result)
+    return result
 
 
 def _hits(lines: np.ndarray, ground: int) -> np.ndarray:
@@ -1389,6 +1677,7 @@ def _region_layers() -> Iterator[Layer]:
     yield Layer("largest and smallest background regions", "regionrank", mark_region_extremes)
     yield Layer("form of each background region", "regionform", mark_region_forms)
     yield Layer("parity of each hole", "parity", mark_hole_parity)
+    yield Layer("holes at the edge", "outerhole", mark_outer_holes)
     yield Layer("borders of each background region", "regionborder", mark_region_borders)
     yield Layer("fill regions from their seeds", "seed", fill_from_seeds)
     yield Layer("fill holes from their frames", "frame", fill_from_frame)
@@ -1408,6 +1697,10 @@ def _distance_layers() -> Iterator[Layer]:
         "nearest foreground": {"diagonal": True},
         "nearest foreground, in straight steps": {"diagonal": False},
     })  # fmt: skip
+    yield from _layers("nearrings", spread_rings, {
+        "rings around the foreground": {"diagonal": True},
+        "rings around the foreground, in straight steps": {"diagonal": False},
+    })  # fmt: skip
     yield from _layers("distance", mark_distance, {
         "distance to the foreground": {"diagonal": True},
         "distance to the foreground, in straight steps": {"diagonal": False},
@@ -1426,11 +1719,17 @@ def _distance_layers() -> Iterator[Layer]:
 
 def _trait_layers() -> Iterator[Layer]:
     for noun, trait in TRAITS.items():
-        yield from _per_kind("extremes", mark_trait_extremes, f"{{}}s with most and least {noun}", trait=trait)
+        for amount, most in (("most", True), ("least", False)):
+            yield from _per_kind("extremes", mark_trait_extremes, f"mark {{}}s with {amount} {noun}", trait=trait, most=most)
+    yield from _layers("odd", partial(mark_odd_cells, kind="one-colour object"), {
+        "cells in odd rows and columns of each object": {"chess": False},
+        "cells of each object that are odd on a chessboard": {"chess": True},
+    })  # fmt: skip
+    yield Layer("mark blocks of one or two cells", "specks", partial(mark_specks, kind="block"))
     yield from _per_kind("half", mark_halves, "halves of each {}")
     yield from _per_kind("boxparity", mark_box_parity, "parities in each {}")
     yield from _per_kind("boxedge", mark_box_edges, "box edges of each {}")
-    yield Layer("outline of each object of several cells", "outlinesize", partial(outline_several, kind="object"))
+    yield Layer("outline of each object of several cells", "outlinesize", partial(outline_several, kind="block"))
     yield from _per_kind("width", mark_widths, "width of each {}")
     yield from _per_kind("form", mark_forms, "form of each {}")
     yield from _per_kind("ends", mark_ends, "ends of each {}")
@@ -1441,6 +1740,12 @@ def _trait_layers() -> Iterator[Layer]:
         "outline in colour": {"diagonal": False},
         "outline with corners in colour": {"diagonal": True},
     })  # fmt: skip
+    yield from _per_kind("framing", frame_objects, "frame around each {}")
+    yield from _layers("framing", frame_rarest, {
+        "frame on the box of the rarest colour": {"grow": 0},
+        "frame inside the box of the rarest colour": {"grow": -1},
+    })  # fmt: skip
+    yield Layer("boxes of the rarest colour", "rarestbox", mark_rarest_boxes)
     yield Layer("size of each block", "block", mark_block_sizes)
     yield Layer("largest and smallest blocks", "blockrank", mark_block_extremes)
     yield from _layers("square", mark_squares, {
@@ -1464,7 +1769,18 @@ def _trait_layers() -> Iterator[Layer]:
 
 def _color_layers() -> Iterator[Layer]:
     yield Layer("colour of the object of the same shape", "sameshape", partial(color_of_same_shape, kind="one-colour object"))
-    yield Layer("colour of the nearest object", "nearcolor", partial(color_of_nearest, kind="one-colour object"))
+    yield Layer("colour of the nearest object", "nearcolor", partial(color_of_nearest, kind="block", keep=True))
+    yield Layer("colour of the nearest object, which vanishes", "nearcolor", partial(color_of_nearest, kind="block", keep=False))
+    yield from _layers("paint", partial(paint_like_same_shape, kind="object"), {
+        "paint like the object of the same shape": {"keep": True},
+        "paint like the object of the same shape, which vanishes": {"keep": False},
+    })  # fmt: skip
+    yield from _layers("cycle", partial(shift_colors, kind="block"), {
+        "colours from the left": {"axis": 1, "shift": 1},
+        "colours from the right": {"axis": 1, "shift": -1},
+        "colours from left to right reversed": {"axis": 1, "shift": 0},
+        "colours from top to bottom reversed": {"axis": 0, "shift": 0},
+    })  # fmt: skip
     yield Layer("each object in its rarest colour", "rarest", partial(color_of_rarest, kind="object"))
     yield Layer("colour that touches each object", "touching", partial(color_of_touching, kind="one-colour object"))
     yield Layer("fill the box of each colour", "boxes", fill_color_boxes)
@@ -1480,6 +1796,10 @@ def _motion_layers() -> Iterator[Layer]:
     yield from _per_kind("approach", approach_largest, "move each {} to the largest", MOVERS, trail=False)
     yield from _per_kind("trail", approach_largest, "trail of each {} to the largest", ("block",), trail=True)
     yield Layer("move each object to its colour", "homing", partial(approach_own_color, kind="one-colour object"))
+    for direction, name in enumerate(("left", "right", "up", "down")):
+        yield Layer(f"move each object {name} by its size", "stride", partial(move_by_size, kind="one-colour object", direction=direction))
+    yield Layer("turn each object by a quarter", "turn", partial(turn_objects, kind="block"))
+    yield Layer("centre the largest object", "centre", partial(centre_largest, kind="one-colour object"))
     yield from _layers("gather", partial(gather, kind="one-colour object"), {
         "gather cells": {"anchor": "nearest", "unaligned": "move"},
         "gather aligned cells": {"anchor": "nearest", "unaligned": "stay"},
@@ -1494,16 +1814,21 @@ def _line_layers() -> Iterator[Layer]:
     yield Layer("extend lines", "extend", partial(extend_lines, kind="one-colour object"))
     yield Layer("join the rarest colour", "join", join_rarest)
     yield Layer("join the rarest colour and what is between", "join", join_rarest_touching)
-    yield Layer("cross through the largest objects", "crossing", partial(cross_through_squares, kind="one-colour object"))
+    yield Layer("cross through squares", "crossing", cross_through_squares)
     yield from _layers("emptiest", mark_emptiest_lines, {"emptiest rows": {"axis": 0}, "emptiest columns": {"axis": 1}})
     yield Layer("stripes", "stripes", smooth_stripes)
-    yield Layer("elbow, down first", "elbow", partial(join_by_elbow, down_first=True))
-    yield Layer("elbow, across first", "elbow", partial(join_by_elbow, down_first=False))
+    for color in range(NUM_COLORS):
+        yield Layer(f"elbow that leaves colour {color} vertically", "elbow", partial(join_by_elbow, color=color))
+    for direction, name in enumerate(("left", "right", "up", "down")):
+        yield Layer(f"bounce {name}", "bounce", partial(bounce, direction=direction))
+    yield Layer("diamonds on lines", "diamond", partial(draw_diamonds, kind="one-colour object"))
+    yield Layer("rectangle to the nearest corner", "cornerbox", fill_to_corner)
 
 
 def _pattern_layers() -> Iterator[Layer]:
     yield from _per_kind("stamp", stamp_at_markers, "complete each {} at markers", ("object", "cluster"), keep=True)
     yield from _per_kind("stamp", stamp_at_markers, "move each {} to markers", ("object", "cluster"), keep=False)
+    yield Layer("copy objects to single cells", "stamp", partial(stamp_at_color, kind="object"))
     yield Layer("complete the largest box at markers", "stamp", partial(stamp_largest_box, kind="one-colour object"))
     yield Layer("repeat the largest object towards others", "hint", partial(repeat_towards_hints, kind="one-colour object"))
     for turn, name in enumerate(("", " mirrored left-right", " mirrored top-bottom", " turned by half")):
@@ -1532,7 +1857,9 @@ def _panel_layers() -> Iterator[Layer]:
         "link panels in rows": {"axes": "rows"},
         "link panels in columns": {"axes": "columns"},
         "link panels in rows and columns": {"axes": "both"},
+        "link panels, crossings marked": {"axes": "marked"},
     })  # fmt: skip
+    yield Layer("link rooms", "panellink", link_rooms)
     yield Layer("merge panels", "panelmerge", merge_panels)
     yield Layer("copy the fullest panel", "panelmerge", copy_fullest_panel)
     yield Layer("mark odd panels", "panelodd", mark_odd_panels)

@@ -13,7 +13,6 @@ from functools import lru_cache, partial, wraps
 import numpy as np
 
 from grid_hypotheses import (
-    KINDS,
     MARK,
     MAX_OBJECTS,
     VIEWS,
@@ -23,7 +22,11 @@ from grid_hypotheses import (
     ObjectSet,
     Scene,
     Shape,
+    _layers,
+    _per_kind,
     bounding_box,
+    count_in_panels,
+    enlarge_cells,
     for_other_shape,
     if_it_fits,
     label,
@@ -90,24 +93,24 @@ def fold_panels(scene: Scene, shape: Shape) -> Grid | None:
 
 
 @for_other_shape
-def panel_in_panel(scene: Scene, shape: Shape, outer: int, inner_color: bool) -> Grid | None:
-    """Return the first of two panels, made smaller if needed, at each foreground cell of the second, or the reverse.
+def panel_in_panel(scene: Scene, shape: Shape, around: int, recolored: bool) -> Grid | None:
+    """Return one of the first two panels, made smaller if needed, at each foreground cell of panel `around`.
 
-    The colour of the copies is their own if `inner_color`, else that of the cell they stand for.
+    The copies are in their own colours or, if `recolored`, in that of the cell they stand for.
     """
     if scene.separators is None or len(scene.separators[0].grids) < 2:
         return None
-    around, within = scene.separators[0].grids[:2][:: 1 if outer == 0 else -1]
-    (height, width), (h, w) = around.shape, shape
+    cells, copied = scene.separators[0].grids[around], scene.separators[0].grids[1 - around]
+    (height, width), (h, w) = cells.shape, shape
     if h % height or w % width or h * w == height * width:
         return None
-    small = shrink(within, (h // height, w // width), scene.background)
+    small = shrink(copied, (h // height, w // width), scene.background)
     if small is None:
         return None
-    blocks = around[np.arange(h)[:, None] // (h // height), np.arange(w) // (w // width)]
-    copies = np.tile(small, around.shape)
+    blocks = cells[np.arange(h)[:, None] // (h // height), np.arange(w) // (w // width)]
+    copies = np.tile(small, cells.shape)
     is_set = (blocks != scene.background) & (copies != scene.background)
-    return np.where(is_set, copies if inner_color else blocks, scene.background)
+    return np.where(is_set, blocks if recolored else copies, scene.background)
 
 
 def on_any_layout(function: Callable[..., np.ndarray]) -> Callable[..., Grid | None]:
@@ -121,12 +124,6 @@ def on_any_layout(function: Callable[..., np.ndarray]) -> Callable[..., Grid | N
         return function(panels.grids, scene.background).reshape(shape)
 
     return hypothesis
-
-
-@on_any_layout
-def panel_cells(panels: np.ndarray, background: int) -> np.ndarray:
-    """Return a mark per panel: its foreground cells (at most 15)."""
-    return MARK + np.minimum((panels != background).sum((1, 2)), 15)
 
 
 @on_any_layout
@@ -416,7 +413,7 @@ def list_objects(scene: Scene, shape: Shape, axis: int, snake: bool) -> Grid | N
     """Return one cell for each object, from top to bottom (axis 0) or left to right (1); `snake`: rows by turns."""
     objects = scene.objects[0]
     cells = shape[0] * shape[1]
-    if not objects.is_usable or not 1 < objects.count <= min(cells, MAX_LISTED):
+    if not objects.is_usable or not 1 < objects.count <= cells <= MAX_LISTED:
         return None
     ordered = objects.colors[1:][np.argsort(objects.order(axis)[1:], kind="stable")]
     grid = np.concatenate([ordered, np.full(cells - len(ordered), scene.background)]).reshape(shape)
@@ -503,12 +500,7 @@ def tally_every_other(scene: Scene, shape: Shape) -> Grid | None:
 # 5. Tilings and extensions --------------------------------------------------------------------------------------------
 
 
-def enlarge(scene: Scene, shape: Shape) -> Grid | None:
-    """Return the grid with every cell grown to a block, also of one cell."""
-    (height, width), (h, w) = scene.shape, shape
-    if h % height or w % width:
-        return None
-    return scene.grid[np.arange(h)[:, None] // (h // height), np.arange(w) // (w // width)]
+enlarge = enlarge_cells.__wrapped__  # also by a factor of one, where other demonstrations are enlarged
 
 
 @for_other_shape
@@ -722,27 +714,21 @@ def crop_around_foreground(scene: Scene, shape: Shape) -> Grid | None:
     return _around(scene, scene.foreground_box, shape)
 
 
-@for_other_shape
-def crop_around_largest(scene: Scene, shape: Shape, kind: int) -> Grid | None:
-    """Return the part around the centre of the largest object's box."""
-    objects = scene.objects[kind]
-    return _around(scene, objects.boxes[int(objects.sizes.argmax()) - 1], shape) if objects.is_usable else None
-
-
-def _widest_box(scene: Scene) -> Box | None:
-    """Return the box of a foreground colour that is largest in area; ties in order of frequency."""
-    boxes = [scene.color_boxes[color] for color in scene.by_frequency]
-    return max(boxes, key=lambda box: scene.grid[box].size, default=None)
+def _widest_color(scene: Scene) -> int | None:
+    """Return the foreground colour whose box is largest in area; ties in order of frequency."""
+    return max(scene.by_frequency, key=lambda color: scene.grid[scene.color_boxes[color]].size, default=None)
 
 
 @if_it_fits
 def crop_content(scene: Scene) -> Grid | None:
     """Return the first one-colour object that lies in the largest box of another colour."""
-    objects, box = scene.objects[0], _widest_box(scene)
-    if box is None or not objects.is_usable:
+    objects, color = scene.objects[0], _widest_color(scene)
+    if color is None or not objects.is_usable:
         return None
-    for part in objects.boxes:
-        if part != box and all(box[a].start <= part[a].start and part[a].stop <= box[a].stop for a in (0, 1)):
+    box = scene.color_boxes[color]
+    for k, part in enumerate(objects.boxes, 1):
+        inside = all(box[axis].start <= part[axis].start and part[axis].stop <= box[axis].stop for axis in (0, 1))
+        if inside and objects.colors[k] != color:
             return scene.grid[part]
     return None
 
@@ -759,9 +745,10 @@ def crop_quarter(scene: Scene) -> Grid | None:
 @if_it_fits
 def fill_frame(scene: Scene) -> Grid | None:
     """Return the largest box of a colour, with the other foreground, grown to fit, inside."""
-    box = _widest_box(scene)
-    if box is None:
+    color = _widest_color(scene)
+    if color is None:
         return None
+    box = scene.color_boxes[color]
     grid, outside = scene.grid[box].copy(), scene.grid.copy()
     outside[box] = scene.background
     rest = bounding_box(outside != scene.background)
@@ -793,8 +780,10 @@ def overlay_windows(scene: Scene, shape: Shape) -> Grid | None:
         spots = np.argwhere(scene.grid == color).tolist()
         windows = np.stack([padded[i : i + shape[0], j : j + shape[1]] for i, j in spots])
         top = windows.max(0, where=windows != scene.background, initial=-1)
-        is_clean = ((windows == top) | (windows == scene.background)).all()
-        if is_clean and (windows != scene.background).sum() == scene.foreground.sum():
+        rest = padded.copy()
+        for i, j in spots:
+            rest[i : i + shape[0], j : j + shape[1]] = scene.background
+        if ((windows == top) | (windows == scene.background)).all() and (rest == scene.background).all():
             return np.where(top < 0, scene.background, top)
     return None
 
@@ -834,16 +823,6 @@ def overlay_objects(scene: Scene, shape: Shape) -> Grid | None:
 # 8. The layers --------------------------------------------------------------------------------------------------------
 
 
-def _layers(family: str, function: Callable, table: dict[str, dict]) -> list[Layer]:
-    """Return a layer for every name of a table of parameters."""
-    return [Layer(name, family, partial(function, **parameters)) for name, parameters in table.items()]
-
-
-def _per_kind(family: str, function: Callable, name: str, **parameters) -> list[Layer]:
-    """Return a layer for one-colour and one for any objects; `name` has a {} for the kind."""
-    return [Layer(name.format(kind), family, partial(function, kind=k, **parameters)) for k, kind in enumerate(KINDS)]
-
-
 def _panel_layers() -> Iterator[Layer]:
     for noun in PANEL_TRAITS:
         yield from _layers("panel", extreme_panel, {
@@ -853,12 +832,12 @@ def _panel_layers() -> Iterator[Layer]:
     yield Layer("panel shaped unlike the others", "panel", odd_shaped_panel)
     yield Layer("which of four panels are set", "boolean", combine_four_panels)
     yield Layer("panels folded", "stack", fold_panels)
-    for outer, name in enumerate(("second panel in the first", "first panel in the second")):
+    for around, name in enumerate(("second panel at each cell of the first", "first panel at each cell of the second")):
         yield from _layers("kronecker", panel_in_panel, {
-            name: {"outer": outer, "inner_color": True},
-            f"{name}, in its colours": {"outer": outer, "inner_color": False},
+            name: {"around": around, "recolored": False},
+            f"{name}, in its colour": {"around": around, "recolored": True},
         })  # fmt: skip
-    yield Layer("foreground cells of each panel", "layout", panel_cells)
+    yield Layer("foreground cells of each panel", "layout", on_any_layout(count_in_panels.__wrapped__))
     yield Layer("odd colour of each compartment", "layout", compartment_colors)
     yield Layer("which panels are fullest", "layout", fullest_panels)
     yield Layer("foreground colour of each panel", "layout", panel_foregrounds)
@@ -928,11 +907,11 @@ def _tile_layers() -> Iterator[Layer]:
     for rows in FLIPS:
         for columns in FLIPS:
             if rows != columns:
-                name = f"tile, {rows} row mirrored, {columns} column"
+                name = f"tile, {rows} row of copies mirrored top-bottom, {columns} column left-right"
                 yield Layer(name, "tile", partial(tile_flipped, rows=rows, columns=columns, crossed=False))
     first = "the first and every other"
     for rows, columns in ((first, "no"), ("no", "every other"), ("no", first)):
-        name = f"tile, {rows} row mirrored across, {columns} column across"
+        name = f"tile, {rows} row of copies mirrored left-right, {columns} column top-bottom"
         yield Layer(name, "tile", partial(tile_flipped, rows=rows, columns=columns, crossed=True))
     yield from _layers("tile", tile_turned_parts, {
         "quarters tiled, turned right to the upright one": {"turns": (2, 3, 1, 0)},
@@ -964,7 +943,6 @@ def _crop_layers() -> Iterator[Layer]:
         "crop around the rarest colour": {"rank": -1},
     })  # fmt: skip
     yield Layer("crop around the foreground", "around", crop_around_foreground)
-    yield from _per_kind("around", crop_around_largest, "crop around the largest {}")
     yield Layer("crop to what the largest box of a colour holds", "box", crop_content)
     yield Layer("largest box of a colour, filled with the rest", "box", fill_frame)
     yield Layer("crop the upper left quarter of the foreground", "foreground", crop_quarter)
