@@ -26,8 +26,8 @@ from grid_hypotheses import (
     ObjectSet,
     Panels,
     Scene,
-    flip_objects,
     bounding_box,
+    flip_objects,
     for_same_shape,
     label,
     most_common,
@@ -43,6 +43,7 @@ MAX_SOURCES = 200  # foreground cells to which distances are measured
 MAX_JOINED = 8  # cells that are joined in pairs
 FAR = 10**6  # a distance beyond all others
 HIGHEST = 20  # the largest number that a mark stands for
+TURNS = tuple(VIEWS[k] for k in (0, 3, 5, 6, 1, 2, 4, 7))  # turns before mirror images
 STEPS8 = tuple((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b)
 
 
@@ -114,7 +115,7 @@ PARTS: dict[str, Callable[[Scene], ObjectSet]] = {
 
 
 def on_parts(function: Callable[..., Grid | None], most: int = MAX_OBJECTS) -> Callable[..., Grid | None]:
-    """Return a hypothesis that asks `function(scene, parts, ...)` for the same shape where there are 1 to `most` parts."""
+    """Return a hypothesis that asks `function(scene, parts, ...)` for the same shape, of 1 to `most` parts."""
 
     @wraps(function)
     def hypothesis(scene: Scene, kind: str, **parameters) -> Grid | None:
@@ -139,25 +140,16 @@ def _box_sides(parts: ObjectSet) -> tuple[np.ndarray, np.ndarray]:
 def _touching(labels: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     """Return (label, colour) of the 4-neighbouring pairs of a labelled cell and an unlabelled one."""
     pairs = []
-    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:-1], np.s_[1:]), (np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:, :-1], np.s_[:, 1:])):
+    for a, b in (
+        (np.s_[1:], np.s_[:-1]),
+        (np.s_[:-1], np.s_[1:]),
+        (np.s_[:, 1:], np.s_[:, :-1]),
+        (np.s_[:, :-1], np.s_[:, 1:]),
+    ):
         is_edge = (labels[a] > 0) & (labels[b] == 0)
         pairs.append((labels[a][is_edge], grid[b][is_edge]))
     groups, colors = (np.concatenate(part) for part in zip(*pairs, strict=True))
     return groups, colors
-
-
-def _erode(mask: np.ndarray, diagonal: bool) -> np.ndarray:
-    """Return the cells all of whose 8 (or 4) neighbours are set; beyond the border none is."""
-    return mask & (neighbor_counts(mask, diagonal) == (8 if diagonal else 4))
-
-
-def _depth(mask: np.ndarray, diagonal: bool) -> np.ndarray:
-    """Return how many erosions each set cell outlives, 0 outside."""
-    depth = np.zeros(mask.shape, np.int64)
-    while mask.any():
-        depth += mask
-        mask = _erode(mask, diagonal)
-    return depth
 
 
 def _cast(free: np.ndarray, row: int, column: int, step: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -253,15 +245,6 @@ def fill_from_seeds(scene: Scene, regions: Parts) -> Grid | None:
     return np.where(scene.ground & (best >= 0)[regions.labels], best[regions.labels], scene.grid)
 
 
-@on_regions
-def fill_from_frame(scene: Scene, regions: Parts) -> Grid | None:
-    """Return the grid with every enclosed background region in the colour that touches it most."""
-    if not scene.enclosed.any():
-        return None
-    best = most_common(*_touching(regions.labels, scene.grid), regions.count + 1)
-    return np.where(scene.enclosed, best[regions.labels], scene.grid)
-
-
 @for_same_shape
 def fill_between_walls(scene: Scene, closed: bool) -> Grid | None:
     """Return the grid with each region between walls of the commonest colour in the commonest other colour in it.
@@ -285,29 +268,23 @@ def fill_between_walls(scene: Scene, closed: bool) -> Grid | None:
 
 
 @for_same_shape
-def mark_object_depth(scene: Scene, diagonal: bool) -> Grid:
+def mark_object_depth(scene: Scene) -> Grid:
     """Return the grid with every one-colour object marked by the distance to its edge."""
-    depth = _depth(_core(scene, diagonal) & scene.foreground, diagonal)
+    core, depth = _core(scene) & scene.foreground, np.zeros(scene.shape, np.int64)
+    while core.any():
+        depth += core
+        core &= neighbor_counts(core) == 8
     return np.where(scene.foreground, _number(depth), scene.grid)
 
 
-def _core(scene: Scene, diagonal: bool) -> np.ndarray:
-    """Return the cells all of whose 8 (or 4) neighbours have their colour."""
+def _core(scene: Scene) -> np.ndarray:
+    """Return the cells all of whose 8 neighbours have their colour."""
     grid = np.pad(scene.grid, 1, constant_values=-1)
     core = np.ones(scene.shape, bool)
     height, width = scene.shape
     for a, b in STEPS8:
-        if diagonal or not a or not b:
-            core &= grid[1 + a : 1 + a + height, 1 + b : 1 + b + width] == scene.grid
+        core &= grid[1 + a : 1 + a + height, 1 + b : 1 + b + width] == scene.grid
     return core
-
-
-@for_same_shape
-def mark_hole_depth(scene: Scene) -> Grid | None:
-    """Return the grid with every enclosed background region marked by the distance to its edge."""
-    if not scene.enclosed.any():
-        return None
-    return np.where(scene.enclosed, _number(_depth(scene.enclosed, True) - 1), scene.grid)
 
 
 def _distances(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -425,7 +402,7 @@ def _starts(objects: ObjectSet) -> np.ndarray:
 
 @on_parts
 def mark_halves(scene: Scene, objects: ObjectSet) -> Grid:
-    """Return the grid with every object's cells marked by the half of its box, along rows and columns, or its middle."""
+    """Return the grid with every object's cells marked by the half of its box, along both axes, or its middle."""
     top, bottom, left, right = (side[objects.labels] for side in _starts(objects))
     rows, columns = np.indices(scene.shape)
     vertical = 1 + np.sign(2 * rows - (top + bottom - 1))
@@ -442,12 +419,12 @@ def mark_box_parity(scene: Scene, objects: ObjectSet) -> Grid:
 
 
 @on_parts
-def mark_odd_cells(scene: Scene, objects: ObjectSet, chess: bool) -> Grid:
-    """Return the grid with a mark on cells in odd rows and columns of their object's box, or odd on a chessboard."""
+def mark_odd_cells(scene: Scene, objects: ObjectSet) -> Grid:
+    """Return the grid with a mark on cells in odd rows and odd columns of their object's box, counted from 0."""
     top, _, left, _ = (side[objects.labels] for side in _starts(objects))
     rows, columns = np.indices(scene.shape)
-    row, column = (rows - top) % 2, (columns - left) % 2
-    return np.where((objects.labels > 0) & (row != column if chess else row & column > 0), MARK, scene.grid)
+    is_odd = (rows - top) % 2 * ((columns - left) % 2) == 1
+    return np.where((objects.labels > 0) & is_odd, MARK, scene.grid)
 
 
 @on_parts
@@ -625,7 +602,8 @@ def mark_one_color_squares(scene: Scene, side: int) -> Grid | None:
 @for_same_shape
 def mark_pluses(scene: Scene, ground: bool) -> Grid | None:
     """Return the grid with a mark on cells of pluses (a cell and its four neighbours) of background or foreground."""
-    centre = _erode(scene.ground if ground else scene.foreground, False)
+    mask = scene.ground if ground else scene.foreground
+    centre = mask & (neighbor_counts(mask, False) == 4)
     if not centre.any():
         return None
     return np.where(centre | (neighbor_counts(centre, False) > 0), MARK, scene.grid)
@@ -682,36 +660,6 @@ def color_of_same_shape(scene: Scene, objects: ObjectSet) -> Grid | None:
 
 
 @on_parts
-def paint_like_same_shape(scene: Scene, objects: ObjectSet, keep: bool) -> Grid | None:
-    """Return the grid with one-colour objects painted like the many-coloured one of their shape, if any."""
-    grid, models, found = scene.grid.copy(), {}, False
-    plain = []
-    for box, mask in zip(objects.boxes, objects.masks, strict=True):
-        part = scene.grid[box]
-        if mask.sum() > 1 and len(np.unique(part[mask])) > 1:
-            models.setdefault((mask.shape, mask.tobytes()), np.where(mask, part, scene.background))
-            grid[box][mask] = part[mask] if keep else scene.background
-        else:
-            plain.append((box, mask))
-    for box, mask in plain:
-        model = models.get((mask.shape, mask.tobytes()))
-        if model is not None:
-            grid[box][mask], found = model[mask], True
-    return grid if found else None
-
-
-@on_parts
-def shift_colors(scene: Scene, objects: ObjectSet, axis: int, shift: int) -> Grid | None:
-    """Return the grid with the objects' colours passed on along an axis, cyclically; `shift` 0: reversed."""
-    if objects.count < 2:
-        return None
-    order = np.argsort(objects.order(axis)[1:]) + 1
-    colors = objects.colors.copy()
-    colors[order] = np.roll(colors[order], shift) if shift else colors[order][::-1]
-    return _recolored(scene, objects, colors)
-
-
-@on_parts
 def color_of_nearest(scene: Scene, objects: ObjectSet, keep: bool) -> Grid | None:
     """Return the grid with the largest object's colour replaced, object by object, by the nearest other colour.
 
@@ -730,42 +678,11 @@ def color_of_nearest(scene: Scene, objects: ObjectSet, keep: bool) -> Grid | Non
     targets, hue = cells[is_target], colors[labels[is_target]]
     nearest = colors.copy()
     for k in np.flatnonzero(colors[1:] == usual) + 1:
-        gaps = np.abs(cells[labels == k][:, None] - targets).sum(2).min(0)
+        gaps = ((cells[labels == k][:, None] - targets) ** 2).sum(2).min(0)
         nearest[k] = hue[gaps.argmin()]
     new = colors.copy()
     new[1:] = np.where(is_other, colors[1:] if keep else scene.background, nearest[1:])
     return _recolored(scene, objects, new)
-
-
-@on_parts
-def color_of_rarest(scene: Scene, objects: ObjectSet) -> Grid:
-    """Return the grid with every object in its rarest colour."""
-    groups, colors = objects.labels.ravel(), scene.grid.ravel()
-    cells = np.bincount(groups * NUM_COLORS + colors, minlength=(objects.count + 1) * NUM_COLORS)
-    count = cells[groups * NUM_COLORS + colors]
-    order = np.lexsort((np.arange(len(groups)), count, groups))
-    first = np.unique(groups[order], return_index=True)
-    rarest = np.full(objects.count + 1, scene.background)
-    rarest[first[0]] = colors[order[first[1]]]
-    return _recolored(scene, objects, rarest)
-
-
-@on_parts
-def color_of_touching(scene: Scene, objects: ObjectSet) -> Grid | None:
-    """Return the grid with every object in the other foreground colour that touches it most, if any."""
-    height, width = scene.shape
-    labels, grid = np.pad(objects.labels, 1), np.pad(scene.grid, 1, constant_values=scene.background)
-    groups, colors = [], []
-    for a, b in STEPS8:
-        other, color = (x[1 + a : 1 + a + height, 1 + b : 1 + b + width] for x in (labels, grid))
-        is_edge = scene.foreground & (other > 0) & (other != objects.labels)
-        groups.append(objects.labels[is_edge])
-        colors.append(color[is_edge])
-    groups, colors = np.concatenate(groups), np.concatenate(colors)
-    if not len(groups):
-        return None
-    best = most_common(groups, colors, objects.count + 1)
-    return _recolored(scene, objects, np.where(best < 0, objects.colors, best))
 
 
 @for_same_shape
@@ -794,20 +711,6 @@ def _legend(scene: Scene) -> tuple[dict[int, int], np.ndarray] | None:
         table.update(pairs.tolist())
         cells[box] = True
     return (table, cells) if table and (scene.foreground & ~cells).any() else None
-
-
-@for_same_shape
-def recolor_by_legend(scene: Scene, both_ways: bool) -> Grid | None:
-    """Return the grid with colours replaced by those beside them in a legend; the legend stays."""
-    found = _legend(scene)
-    if found is None:
-        return None
-    lookup = np.arange(NUM_COLORS)
-    for a, b in found[0].items():
-        if both_ways:
-            lookup[b] = a
-        lookup[a] = b
-    return np.where(found[1], scene.grid, lookup[scene.grid])
 
 
 @for_same_shape
@@ -905,14 +808,14 @@ def _distance(box: Box, target: Box) -> int:
 
 
 @on_movers
-def approach_largest(scene: Scene, objects: ObjectSet, trail: bool) -> Grid | None:
-    """Return the grid with objects in the rows or columns of the largest moved to it, or leaving a trail to it."""
+def trail_to_largest(scene: Scene, objects: ObjectSet) -> Grid | None:
+    """Return the grid with a trail to the largest object from each one in its rows or columns."""
     if objects.count < 2:
         return None
     target = objects.boxes[int(objects.sizes[1:].argmax())]
     moves = [(_distance(box, target), k, _direction(box, target)) for k, box in enumerate(objects.boxes, 1)]
     moves = [(k, direction) for _, k, direction in sorted(moves, key=lambda move: move[:2]) if direction is not None]
-    return _move(scene, objects, moves, trail) if moves else None
+    return _move(scene, objects, moves, trail=True) if moves else None
 
 
 @on_movers
@@ -948,7 +851,7 @@ def move_by_size(scene: Scene, objects: ObjectSet, direction: int) -> Grid:
 def turn_objects(scene: Scene, objects: ObjectSet) -> Grid | None:
     """Return the grid with every object turned by a quarter about the middle of its box, where that is a cell."""
     grid, found = scene.grid.copy(), False
-    for k, (box, mask) in enumerate(zip(objects.boxes, objects.masks, strict=True), 1):
+    for k, mask in enumerate(objects.masks, 1):
         height, width = mask.shape
         if (height + width) % 2 == 0 and mask.size > 1:
             grid[objects.labels == k] = scene.background
@@ -958,7 +861,12 @@ def turn_objects(scene: Scene, objects: ObjectSet) -> Grid | None:
             continue
         found = True
         turned = np.rot90(np.where(mask, scene.grid[box], -1), -1)
-        _stamp(grid, turned, np.array([box[0].start, box[1].start]) + (height - width) // 2 * np.array([1, -1]), scene.background)
+        _stamp(
+            grid,
+            turned,
+            np.array([box[0].start, box[1].start]) + (height - width) // 2 * np.array([1, -1]),
+            scene.background,
+        )
     return grid if found else None
 
 
@@ -1043,30 +951,6 @@ def shoot_tips(scene: Scene, objects: ObjectSet, backward: bool) -> Grid | None:
     return grid if found else None
 
 
-@on_parts
-def extend_lines(scene: Scene, objects: ObjectSet) -> Grid | None:
-    """Return the grid with straight objects of one colour extended both ways until something stops them."""
-    grid, found = scene.grid.copy(), False
-    for k, (box, mask) in enumerate(zip(objects.boxes, objects.masks, strict=True), 1):
-        height, width = mask.shape
-        cells = np.argwhere(mask)
-        if len(cells) < 2:
-            continue
-        if min(height, width) == 1 and mask.all():
-            step = (int(height > 1), int(width > 1))
-        elif height == width == len(cells) and (np.diff(cells, axis=0) == cells[1] - cells[0]).all():
-            step = tuple(int(s) for s in cells[1] - cells[0])
-        else:
-            continue
-        corner = np.array([box[0].start, box[1].start])
-        for cell, sign in ((cells[0], -1), (cells[-1], 1)):
-            row, column = (cell + corner).tolist()
-            ray = _cast(scene.ground, row, column, (sign * step[0], sign * step[1]))
-            grid[ray] = objects.colors[k]
-            found = found or len(ray[0]) > 0
-    return grid if found else None
-
-
 def _joining_line(scene: Scene) -> np.ndarray | None:
     """Return the cells between aligned cells of the rarest colour, None if there are none."""
     if not scene.by_frequency or not 2 <= scene.counts[scene.by_frequency[-1]] <= MAX_JOINED:
@@ -1106,7 +990,7 @@ def join_rarest_touching(scene: Scene) -> Grid | None:
 @for_same_shape
 def cross_through_squares(scene: Scene) -> Grid | None:
     """Return the grid with lines through the middle of each square of nine cells of one colour, crossings marked."""
-    middle = _core(scene, True) & scene.foreground
+    middle = _core(scene) & scene.foreground
     rows, columns = np.nonzero(middle)
     if not 0 < len(rows) <= MAX_JOINED:
         return None
@@ -1201,12 +1085,14 @@ def bounce(scene: Scene, direction: int) -> Grid | None:
 def _templates(objects: ObjectSet, grid: Grid) -> list[int]:
     """Return the objects with several colours, the largest first."""
     order = sorted(range(objects.count), key=lambda k: -objects.sizes[k + 1])
-    many = [k for k in order if objects.sizes[k + 1] > 2 and len(np.unique(grid[objects.boxes[k]][objects.masks[k]])) > 1]
+    many = [
+        k for k in order if objects.sizes[k + 1] > 3 and len(np.unique(grid[objects.boxes[k]][objects.masks[k]])) > 1
+    ]
     return many[:MAX_TEMPLATES]
 
 
 def _places(grid: Grid, marker: Grid, ground: int) -> np.ndarray:
-    """Return the upper left corners where all set cells (>= 0) of `marker` have their colour, its ground also outside."""
+    """Return the upper left corners where all set cells (>= 0) of `marker` fit, its ground also outside."""
     (h, w), (height, width) = marker.shape, grid.shape
     padded = np.pad(grid, ((h, h), (w, w)), constant_values=-1)
     fits = np.ones((height + h, width + w), bool)
@@ -1236,7 +1122,7 @@ def _stamp_markers(scene: Scene, grid: Grid, hidden: Grid, template: Grid, color
     if not 0 < (marker >= 0).sum() <= MAX_MARKERS:
         return False
     found = False
-    for turn in VIEWS if (marker >= 0).sum() > 1 else VIEWS[:1]:
+    for turn in TURNS if (marker >= 0).sum() > 1 else TURNS[:1]:
         turned = turn(marker)
         cells = np.argwhere((turned >= 0) & (turned != scene.background))
         for corner in _places(hidden, turned, scene.background)[:MAX_MOVERS]:
@@ -1267,7 +1153,7 @@ def stamp_at_markers(scene: Scene, objects: ObjectSet, keep: bool) -> Grid | Non
 
 @on_parts
 def stamp_at_color(scene: Scene, objects: ObjectSet) -> Grid | None:
-    """Return the grid with many-coloured objects copied to single cells, so that their only cell of that colour fits."""
+    """Return the grid with many-coloured objects copied to single cells of a colour that they hold once."""
     grid, found = scene.grid.copy(), False
     templates = [np.where(objects.masks[k], scene.grid[objects.boxes[k]], -1) for k in _templates(objects, scene.grid)]
     for single in np.flatnonzero(objects.sizes == 1):
@@ -1331,7 +1217,7 @@ def paste_into_solids(scene: Scene, objects: ObjectSet, turn: int) -> Grid | Non
 
 @on_parts
 def share_fullest_shape(scene: Scene, objects: ObjectSet) -> Grid | None:
-    """Return the objects that have the box of the one with most holes in its shape, each in its colour; others vanish."""
+    """Return the objects with the box of the one with most holes in its shape, in their colours; others vanish."""
     holes = objects.holes[1:]
     if objects.count < 2 or holes.max() < 2:
         return None
@@ -1363,7 +1249,7 @@ def stamp_at_cells(scene: Scene, objects: ObjectSet, own_color: bool) -> Grid | 
 
 
 def _reflections(centre: np.ndarray, cells: np.ndarray, turns: str) -> list[np.ndarray]:
-    """Return the places [n, 2] of cells mirrored about a centre (twice its coordinates): both "mirrors", or "all" views."""
+    """Return the places [n, 2] of cells about a centre (twice its coordinates): both "mirrors", or "all" views."""
     row, column = (2 * cells - centre).T
     images = [(row, -column), (-row, column), (-row, -column)]
     if turns == "all":
@@ -1389,7 +1275,7 @@ def _write(scene: Scene, grid: Grid, places: np.ndarray, colors: np.ndarray) -> 
 
 
 def _centre(grid: Grid, mask: np.ndarray) -> np.ndarray:
-    """Return twice the centre of the first colour, rarest first, whose cells are their own mirror images, else the box's.
+    """Return twice the centre of the first colour, rarest first, that mirrors itself, else that of the box.
 
     Row and column sum to an even number, so that quarter turns stay on cells.
     """
@@ -1400,7 +1286,12 @@ def _centre(grid: Grid, mask: np.ndarray) -> np.ndarray:
         top, left = rows.min(), columns.min()
         part = np.zeros((rows.max() - top + 1, columns.max() - left + 1), bool)
         part[rows - top, columns - left] = True
-        if len(colors) > 1 and part.shape[0] == part.shape[1] and (part == part[::-1]).all() and (part == part[:, ::-1]).all():
+        if (
+            len(colors) > 1
+            and part.shape[0] == part.shape[1]
+            and (part == part[::-1]).all()
+            and (part == part[:, ::-1]).all()
+        ):
             return np.array([rows.max() + top, columns.max() + left])
     rows, columns = np.nonzero(mask)
     sides = rows.min() + rows.max(), columns.min() + columns.max()
@@ -1420,31 +1311,6 @@ def complete_objects(scene: Scene, objects: ObjectSet, turns: str) -> Grid:
             continue
         _complete(scene, grid, np.argwhere(mask) + corner, centre, turns)
     return grid
-
-
-@on_parts
-def complete_about_lines(scene: Scene, objects: ObjectSet) -> Grid | None:
-    """Return the grid with every object mirrored about the straight line that the cells of its rarest colour form."""
-    grid, found = scene.grid.copy(), False
-    for box, mask in zip(objects.boxes, objects.masks, strict=True):
-        colors = np.where(mask, scene.grid[box], scene.background)
-        counts = np.bincount(colors[mask], minlength=NUM_COLORS)
-        present = np.flatnonzero(counts)
-        if len(present) != 2 or counts[present[0]] == counts[present[1]]:
-            continue
-        cells = np.argwhere(colors == present[counts[present].argmin()])
-        spread = (np.ptp(cells, axis=0) > 0).tolist()
-        if sum(spread) != 1:
-            continue
-        found = True
-        corner = np.array([box[0].start, box[1].start])
-        centre = 2 * cells[0] + 2 * corner
-        axis = spread.index(False)
-        places = np.argwhere(mask) + corner
-        image = places.copy()
-        image[:, axis] = centre[axis] - places[:, axis]
-        _write(scene, grid, image, scene.grid[places[:, 0], places[:, 1]])
-    return grid if found else None
 
 
 @for_same_shape
@@ -1630,15 +1496,6 @@ def copy_fullest_panel(panels: Panels, scene: Scene) -> np.ndarray:
 
 
 @on_panels_in_place
-def mark_odd_panels(panels: Panels, scene: Scene) -> np.ndarray:
-    """Return the panels of which fewest are alike marked by whether they have foreground."""
-    repeats = (panels.grids[:, None] == panels.grids).all((2, 3)).sum(1)
-    is_odd = (repeats == repeats.min()) & (repeats < repeats.max())
-    marks = MARK + (panels.grids != _panel_ground(panels, scene))
-    return np.where(is_odd[:, None, None], marks, panels.grids)
-
-
-@on_panels_in_place
 def mark_full_panels(panels: Panels, scene: Scene) -> np.ndarray:
     """Return panels whose cells are marks of their foreground's size rank, 0 the fullest."""
     filled = (panels.grids != _panel_ground(panels, scene)).sum((1, 2))
@@ -1654,16 +1511,13 @@ def _layers(family: str, function: Callable, table: dict[str, dict]) -> list[Lay
     return [Layer(name, family, partial(function, **parameters)) for name, parameters in table.items()]
 
 
-MOVERS = ("block", "object")
-TRAITS = {
-    "copies of their shape": "shape_repeats",
-    "objects of their colour": "color_repeats",
-    "other cells in their box": "others_in_box",
-    "colours in their box": "num_box_colors",
-    "holes": "holes",
-    "mirror symmetry": "symmetry",
-    "height": "heights",
-}
+TRAITS = (
+    ("copies of their shape", "shape_repeats", "one-colour object"),
+    ("objects of their colour", "color_repeats", "one-colour object"),
+    ("mirror symmetry", "symmetry", "one-colour object"),
+    ("height", "heights", "one-colour object"),
+    ("other cells in their box", "others_in_box", "object"),
+)
 BOTH = ("one-colour object", "object")
 
 
@@ -1680,7 +1534,6 @@ def _region_layers() -> Iterator[Layer]:
     yield Layer("holes at the edge", "outerhole", mark_outer_holes)
     yield Layer("borders of each background region", "regionborder", mark_region_borders)
     yield Layer("fill regions from their seeds", "seed", fill_from_seeds)
-    yield Layer("fill holes from their frames", "frame", fill_from_frame)
     yield from _layers("wall", fill_between_walls, {
         "fill between walls": {"closed": False},
         "fill inside walls": {"closed": True},
@@ -1688,11 +1541,7 @@ def _region_layers() -> Iterator[Layer]:
 
 
 def _distance_layers() -> Iterator[Layer]:
-    yield from _layers("depth", mark_object_depth, {
-        "depth in one-colour objects": {"diagonal": True},
-        "depth in one-colour objects, in straight steps": {"diagonal": False},
-    })  # fmt: skip
-    yield Layer("depth in holes", "depth", mark_hole_depth)
+    yield Layer("depth in one-colour objects", "depth", mark_object_depth)
     yield from _layers("nearest", spread_nearest, {
         "nearest foreground": {"diagonal": True},
         "nearest foreground, in straight steps": {"diagonal": False},
@@ -1711,36 +1560,36 @@ def _distance_layers() -> Iterator[Layer]:
         "meet halfway in columns": {"axis": 1},
     })  # fmt: skip
     names = ("left", "right", "upper", "lower")
-    yield from _layers("lineend", line_ends, {f"colour at the {n} border": {"direction": d} for d, n in enumerate(names)})
+    yield from _layers(
+        "lineend", line_ends, {f"colour at the {n} border": {"direction": d} for d, n in enumerate(names)}
+    )
     yield from _layers("outermost", first_in_line, {
         f"foreground in its {n}most colour": {"direction": d} for d, n in enumerate(names)
     })  # fmt: skip
 
 
 def _trait_layers() -> Iterator[Layer]:
-    for noun, trait in TRAITS.items():
-        for amount, most in (("most", True), ("least", False)):
-            yield from _per_kind("extremes", mark_trait_extremes, f"mark {{}}s with {amount} {noun}", trait=trait, most=most)
-    yield from _layers("odd", partial(mark_odd_cells, kind="one-colour object"), {
-        "cells in odd rows and columns of each object": {"chess": False},
-        "cells of each object that are odd on a chessboard": {"chess": True},
-    })  # fmt: skip
+    for noun, trait, kind in TRAITS:
+        yield from _layers("extremes", partial(mark_trait_extremes, kind=kind, trait=trait), {
+            f"mark {kind}s with {amount} {noun}": {"most": most} for amount, most in (("most", True), ("least", False))
+        })  # fmt: skip
+    yield Layer("odd cells of each object", "odd", partial(mark_odd_cells, kind="one-colour object"))
     yield Layer("mark blocks of one or two cells", "specks", partial(mark_specks, kind="block"))
-    yield from _per_kind("half", mark_halves, "halves of each {}")
-    yield from _per_kind("boxparity", mark_box_parity, "parities in each {}")
-    yield from _per_kind("boxedge", mark_box_edges, "box edges of each {}")
+    yield Layer("halves of each one-colour object", "half", partial(mark_halves, kind="one-colour object"))
+    yield Layer("parities in each one-colour object", "boxparity", partial(mark_box_parity, kind="one-colour object"))
+    yield Layer("box edges of each one-colour object", "boxedge", partial(mark_box_edges, kind="one-colour object"))
     yield Layer("outline of each object of several cells", "outlinesize", partial(outline_several, kind="block"))
-    yield from _per_kind("width", mark_widths, "width of each {}")
-    yield from _per_kind("form", mark_forms, "form of each {}")
-    yield from _per_kind("ends", mark_ends, "ends of each {}")
-    yield from _per_kind("corners", mark_corners, "corners of each {}")
+    yield Layer("width of each one-colour object", "width", partial(mark_widths, kind="one-colour object"))
+    yield Layer("form of each one-colour object", "form", partial(mark_forms, kind="one-colour object"))
+    yield Layer("ends of each one-colour object", "ends", partial(mark_ends, kind="one-colour object"))
+    yield Layer("corners of each one-colour object", "corners", partial(mark_corners, kind="one-colour object"))
     yield Layer("minority cells of each object", "minority", partial(mark_minority, kind="object"))
     yield from _per_kind("outlinesize", outline_by_size, "outline by size of each {}")
     yield from _layers("outlinecolor", outline_in_color, {
         "outline in colour": {"diagonal": False},
         "outline with corners in colour": {"diagonal": True},
     })  # fmt: skip
-    yield from _per_kind("framing", frame_objects, "frame around each {}")
+    yield Layer("frame around each object", "framing", partial(frame_objects, kind="one-colour object"))
     yield from _layers("framing", frame_rarest, {
         "frame on the box of the rarest colour": {"grow": 0},
         "frame inside the box of the rarest colour": {"grow": -1},
@@ -1768,36 +1617,29 @@ def _trait_layers() -> Iterator[Layer]:
 
 
 def _color_layers() -> Iterator[Layer]:
-    yield Layer("colour of the object of the same shape", "sameshape", partial(color_of_same_shape, kind="one-colour object"))
+    yield Layer(
+        "colour of the object of the same shape", "sameshape", partial(color_of_same_shape, kind="one-colour object")
+    )
     yield Layer("colour of the nearest object", "nearcolor", partial(color_of_nearest, kind="block", keep=True))
-    yield Layer("colour of the nearest object, which vanishes", "nearcolor", partial(color_of_nearest, kind="block", keep=False))
-    yield from _layers("paint", partial(paint_like_same_shape, kind="object"), {
-        "paint like the object of the same shape": {"keep": True},
-        "paint like the object of the same shape, which vanishes": {"keep": False},
-    })  # fmt: skip
-    yield from _layers("cycle", partial(shift_colors, kind="block"), {
-        "colours from the left": {"axis": 1, "shift": 1},
-        "colours from the right": {"axis": 1, "shift": -1},
-        "colours from left to right reversed": {"axis": 1, "shift": 0},
-        "colours from top to bottom reversed": {"axis": 0, "shift": 0},
-    })  # fmt: skip
-    yield Layer("each object in its rarest colour", "rarest", partial(color_of_rarest, kind="object"))
-    yield Layer("colour that touches each object", "touching", partial(color_of_touching, kind="one-colour object"))
+    yield Layer(
+        "colour of the nearest object, which vanishes", "nearcolor", partial(color_of_nearest, kind="block", keep=False)
+    )
     yield Layer("fill the box of each colour", "boxes", fill_color_boxes)
-    yield Layer("recolour by the legend", "legend", partial(recolor_by_legend, both_ways=False))
-    yield Layer("recolour by the legend, both ways", "legend", partial(recolor_by_legend, both_ways=True))
     yield Layer("boxes by the legend", "legend", box_by_legend)
 
 
 def _motion_layers() -> Iterator[Layer]:
     for direction, name in enumerate(("left", "right", "up", "down")):
-        yield from _per_kind("fall", fall, f"move each {{}} {name} until contact", MOVERS, direction=direction)
-    yield from _per_kind("bar", fall_to_bar, "move each {} to the bar", MOVERS)
-    yield from _per_kind("approach", approach_largest, "move each {} to the largest", MOVERS, trail=False)
-    yield from _per_kind("trail", approach_largest, "trail of each {} to the largest", ("block",), trail=True)
+        yield Layer(f"move each block {name} until contact", "fall", partial(fall, kind="block", direction=direction))
+    yield Layer("move each block to the bar", "bar", partial(fall_to_bar, kind="block"))
+    yield Layer("trail of each block to the largest", "trail", partial(trail_to_largest, kind="block"))
     yield Layer("move each object to its colour", "homing", partial(approach_own_color, kind="one-colour object"))
     for direction, name in enumerate(("left", "right", "up", "down")):
-        yield Layer(f"move each object {name} by its size", "stride", partial(move_by_size, kind="one-colour object", direction=direction))
+        yield Layer(
+            f"move each object {name} by its size",
+            "stride",
+            partial(move_by_size, kind="one-colour object", direction=direction),
+        )
     yield Layer("turn each object by a quarter", "turn", partial(turn_objects, kind="block"))
     yield Layer("centre the largest object", "centre", partial(centre_largest, kind="one-colour object"))
     yield from _layers("gather", partial(gather, kind="one-colour object"), {
@@ -1811,7 +1653,6 @@ def _motion_layers() -> Iterator[Layer]:
 def _line_layers() -> Iterator[Layer]:
     yield Layer("ray from each odd cell", "tip", partial(shoot_tips, kind="object", backward=False))
     yield Layer("ray from each odd cell across", "tip", partial(shoot_tips, kind="object", backward=True))
-    yield Layer("extend lines", "extend", partial(extend_lines, kind="one-colour object"))
     yield Layer("join the rarest colour", "join", join_rarest)
     yield Layer("join the rarest colour and what is between", "join", join_rarest_touching)
     yield Layer("cross through squares", "crossing", cross_through_squares)
@@ -1827,22 +1668,27 @@ def _line_layers() -> Iterator[Layer]:
 
 def _pattern_layers() -> Iterator[Layer]:
     yield from _per_kind("stamp", stamp_at_markers, "complete each {} at markers", ("object", "cluster"), keep=True)
-    yield from _per_kind("stamp", stamp_at_markers, "move each {} to markers", ("object", "cluster"), keep=False)
+    yield Layer("move each object to markers", "stamp", partial(stamp_at_markers, kind="object", keep=False))
     yield Layer("copy objects to single cells", "stamp", partial(stamp_at_color, kind="object"))
     yield Layer("complete the largest box at markers", "stamp", partial(stamp_largest_box, kind="one-colour object"))
-    yield Layer("repeat the largest object towards others", "hint", partial(repeat_towards_hints, kind="one-colour object"))
+    yield Layer(
+        "repeat the largest object towards others", "hint", partial(repeat_towards_hints, kind="one-colour object")
+    )
     for turn, name in enumerate(("", " mirrored left-right", " mirrored top-bottom", " turned by half")):
         yield Layer(f"paste into solids{name}", "paste", partial(paste_into_solids, kind="object", turn=turn))
     yield Layer("share the shape with most holes", "share", partial(share_fullest_shape, kind="one-colour object"))
     yield from _per_kind("copy", stamp_at_cells, "copy the largest {} to cells", ("loose object",), own_color=False)
-    yield from _per_kind("copy", stamp_at_cells, "copy the largest {} to cells in their colour", ("loose object",), own_color=True)
+    yield from _per_kind(
+        "copy", stamp_at_cells, "copy the largest {} to cells in their colour", ("loose object",), own_color=True
+    )
     yield from _layers("flip", partial(flip_objects, kind=0), {
         "mirror each one-colour object left-right": {"index": 1},
         "mirror each one-colour object top-bottom": {"index": 2},
     })  # fmt: skip
-    for turns, name in (("mirrors", "both mirrors"), ("turns", "quarter turns"), ("all", "all views")):
-        yield Layer(f"complete each object by {name}", "complete", partial(complete_objects, kind="object", turns=turns))
-    yield Layer("complete each object about its line", "complete", partial(complete_about_lines, kind="object"))
+    for turns, name in (("mirrors", "both mirrors"), ("turns", "quarter turns")):
+        yield Layer(
+            f"complete each object by {name}", "complete", partial(complete_objects, kind="object", turns=turns)
+        )
     yield Layer("complete about the cross", "cross", complete_about_cross)
     yield Layer("continue the diagonals", "diagonal", continue_diagonals)
     yield from _layers("repeat", repeat_foreground, {
@@ -1857,12 +1703,10 @@ def _panel_layers() -> Iterator[Layer]:
         "link panels in rows": {"axes": "rows"},
         "link panels in columns": {"axes": "columns"},
         "link panels in rows and columns": {"axes": "both"},
-        "link panels, crossings marked": {"axes": "marked"},
     })  # fmt: skip
     yield Layer("link rooms", "panellink", link_rooms)
     yield Layer("merge panels", "panelmerge", merge_panels)
     yield Layer("copy the fullest panel", "panelmerge", copy_fullest_panel)
-    yield Layer("mark odd panels", "panelodd", mark_odd_panels)
     yield Layer("rank of each panel", "panelrank", mark_full_panels)
 
 

@@ -23,6 +23,7 @@ from size_hypotheses import (
     COUNT_STEPS,
     COUNTS,
     FREE,
+    MAX_DEMONSTRATIONS,
     MAX_SIDE,
     MAX_SIZES,
     MEASURE_SIDE_STEPS,
@@ -295,18 +296,13 @@ def test_every_measure_has_an_example_and_a_prior():
 # 2. Every step by hand ------------------------------------------------------------------------------------------------
 
 
-def side_value(name: str, n: int, m: int) -> int:
-    """Return what the name of a side step says, 0 for what is no side."""
-    formula = re.sub(r"(\d) ([nm])", r"\1 * \2", name.format(n="n", m="m"))
-    value = eval(formula, {"n": n, "m": m, "max": max, "min": min})
-    return int(value) if value == int(value) and 1 <= value <= MAX_SIDE else 0
-
-
 @pytest.mark.parametrize("index, name", [(k, step.name) for k, step in enumerate(SIDE_STEPS)])
 def test_side_step_does_what_its_name_says(index, name):
-    values = size_hypotheses._SIDE_VALUES[index]
+    formula = compile(re.sub(r"(\d) ([nm])", r"\1 * \2", name.format(n="n", m="m")), name, "eval")
     for n, m in itertools.product(range(1, MAX_SIDE + 1), repeat=2):
-        assert values[n, m] == side_value(name, n, m), (n, m)
+        value = eval(formula, {"n": n, "m": m})
+        expected = value if value == int(value) and 1 <= value <= MAX_SIDE else 0
+        assert size_hypotheses._SIDE_VALUES[index, n, m] == expected, (n, m)
 
 
 def test_side_steps_have_names_of_their_own():
@@ -485,17 +481,12 @@ def make_task(rule, scene, seed: int, count: int = 6) -> tuple[list, np.ndarray,
     return [(grid, blank(*size)) for grid, size in shown], test_input, size
 
 
-CASES = [
-    (name, rule, scene, seed)
-    for rules, scene in ((RULES, rectangles), (PANEL_RULES, panels))
-    for name, rule in rules.items()
-    for seed in range(2)
-]
+CASES = [(*item, scene) for rules, scene in ((RULES, rectangles), (PANEL_RULES, panels)) for item in rules.items()]
 
 
-@pytest.mark.parametrize("name, rule, scene, seed", CASES, ids=lambda case: case if isinstance(case, str) else "")
-def test_rule_is_found_and_named(name, rule, scene, seed):
-    demonstrations, test_input, size = make_task(rule, scene, seed)
+@pytest.mark.parametrize("name, rule, scene", CASES, ids=[name for name, *_ in CASES])
+def test_rule_is_found_and_named(name, rule, scene):
+    demonstrations, test_input, size = make_task(rule, scene, 0)
     (best, probability), *_ = size_prior(demonstrations, test_input)
     assert best == size and probability > 0.5
     assert explain_size(demonstrations, test_input) == name
@@ -657,7 +648,7 @@ def assert_distribution(demonstrations: list, test_input: np.ndarray) -> None:
     assert explain_size(demonstrations, test_input)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(any_task())
 def test_size_prior_is_a_distribution_for_any_task(task):
     demonstrations, test_input = task
@@ -704,7 +695,7 @@ def test_turning_a_task_of_one_foreground_colour_turns_the_sizes(task, view):
 def test_turning_a_rule_turns_its_size(name):
     task = make_task(RULES[name], rectangles, 3, 4)[:2]
     table = size_table(*task)
-    for view in (1, 2, 4):  # mirrored twice, transposed
+    for view in (2, 4):  # mirrored, transposed
         found = turned_table(size_table(*turned(task, view)), view)
         assert found.argmax() == table.argmax()
         np.testing.assert_allclose(found, table, atol=0.02)  # holes and groups may be tied
@@ -745,8 +736,14 @@ def test_many_demonstrations_are_no_trouble():
     demonstrations = [(VIEWS[k % 8](grid), blank(2, 1 + k % 30)) for k in range(40)]
     assert_distribution(demonstrations, grid)
     assert seconds_for(demonstrations, grid, 1.0) < 1.0
-    demonstrations = [(grid[: 1 + k % 30], blank(5, 3)) for k in range(40)]
-    assert size_prior(demonstrations, grid)[0][0] == (5, 3)
+
+
+def test_only_the_first_demonstrations_count():
+    demonstrations = [(blank(1 + k % 30, 2), blank(5, 3)) for k in range(MAX_DEMONSTRATIONS)]
+    more = [(blank(1 + k % 30, 2), blank(2 + 2 * (k % 3), 3)) for k in range(70)]
+    np.testing.assert_array_equal(
+        size_table(demonstrations + more, blank(4, 2)), size_table(demonstrations, blank(4, 2))
+    )
 
 
 def seconds_for(demonstrations: list, test_input: np.ndarray, limit: float) -> float:
