@@ -42,6 +42,7 @@ MAX_MARKERS = 40  # cells that are looked for
 MAX_SOURCES = 200  # foreground cells to which distances are measured
 MAX_JOINED = 8  # cells that are joined in pairs
 FAR = 10**6  # a distance beyond all others
+ALMOST_FULL = 0.9  # share of a line that has one colour
 HIGHEST = 20  # the largest number that a mark stands for
 TURNS = tuple(VIEWS[k] for k in (0, 3, 5, 6, 1, 2, 4, 7))  # turns before mirror images
 STEPS8 = tuple((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b)
@@ -51,38 +52,37 @@ STEPS8 = tuple((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b)
 
 
 class Parts(ObjectSet):
-    """The components of any cells of a scene, with the properties of an ObjectSet."""
+    """Given components of a scene, with the properties of an ObjectSet."""
 
-    def __init__(self, scene: Scene, mask: np.ndarray, *, diagonal: bool, one_color: bool):
-        self.scene = scene
-        self.labels, self.count = label(scene.grid, mask, diagonal, one_color)
+    def __init__(self, scene: Scene, labels: np.ndarray, count: int):
+        self.scene, self.labels, self.count = scene, labels, count
 
 
 @lru_cache(maxsize=4)
 def _regions(scene: Scene) -> Parts:
     """Return the 4-connected regions of the background."""
-    return Parts(scene, scene.ground, diagonal=False, one_color=False)
+    return Parts(scene, *label(scene.grid, scene.ground, False, False))
 
 
 @lru_cache(maxsize=4)
 def _blocks(scene: Scene) -> Parts:
     """Return the 4-connected objects of one colour."""
-    return Parts(scene, scene.foreground, diagonal=False, one_color=True)
+    return Parts(scene, *label(scene.grid, scene.foreground, False, True))
 
 
-def _smeared(mask: np.ndarray) -> np.ndarray:
-    """Return the cells with a set cell at or next above and left; what has one cell in between becomes connected."""
-    smeared = mask.copy()
+def _group(scene: Scene, mask: np.ndarray) -> Parts:
+    """Return the objects of set cells, of any colours; those with one cell between them are one."""
+    smeared = mask.copy()  # grown right and down, so that the first cell of a component stays the first
     smeared[1:] |= mask[:-1]
     smeared[:, 1:] |= smeared[:, :-1].copy()
-    return smeared
+    labels, count = label(scene.grid, smeared, True, False)
+    return Parts(scene, np.where(mask, labels, 0), count)
 
 
 @lru_cache(maxsize=4)
 def _clusters(scene: Scene) -> Parts:
     """Return the objects of any colours, those with one cell between them being one."""
-    clusters = Parts(scene, _smeared(scene.foreground), diagonal=True, one_color=False)
-    return _relabelled(scene, np.where(scene.foreground, clusters.labels, 0))
+    return _group(scene, scene.foreground)
 
 
 @lru_cache(maxsize=4)
@@ -90,19 +90,7 @@ def _loose_objects(scene: Scene) -> Parts:
     """Return the objects of any colours that are left without full lines of one colour."""
     grid = scene.grid
     is_line = (grid == grid[:, :1]).all(1)[:, None] | (grid == grid[:1]).all(0)
-    return Parts(scene, scene.foreground & ~is_line, diagonal=True, one_color=False)
-
-
-def _relabelled(scene: Scene, labels: np.ndarray) -> Parts:
-    """Return parts with given labels, renumbered in reading order."""
-    parts = object.__new__(Parts)
-    parts.scene = scene
-    values, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(np.where(values == 0, -1, first)))
-    has_ground = bool((labels == 0).any())
-    parts.labels = rank[inverse].reshape(labels.shape) + (not has_ground)
-    parts.count = len(values) - has_ground
-    return parts
+    return Parts(scene, *label(grid, scene.foreground & ~is_line, True, False))
 
 
 PARTS: dict[str, Callable[[Scene], ObjectSet]] = {
@@ -254,7 +242,7 @@ def fill_between_walls(scene: Scene, closed: bool) -> Grid | None:
     if len(scene.by_frequency) < 2:
         return None
     inside = scene.grid != scene.by_frequency[0]
-    rooms = Parts(scene, inside, diagonal=False, one_color=False)
+    rooms = Parts(scene, *label(scene.grid, inside, False, False))
     is_seed = inside & scene.foreground
     best = most_common(rooms.labels[is_seed], scene.grid[is_seed], rooms.count + 1)
     is_filled = best >= 0
@@ -544,13 +532,12 @@ def mark_rarest_boxes(scene: Scene) -> Grid | None:
     if not scene.by_frequency:
         return None
     is_rarest = scene.grid == scene.by_frequency[-1]
-    clusters = Parts(scene, _smeared(is_rarest), diagonal=True, one_color=False)
+    clusters = _group(scene, is_rarest)
     if clusters.count > MAX_OBJECTS:
         return None
     marked = np.zeros(scene.shape, bool)
-    labels = np.where(is_rarest, clusters.labels, 0)
-    for k in range(1, clusters.count + 1):
-        marked[bounding_box(labels == k)] = True
+    for box in clusters.boxes:
+        marked[box] = True
     return np.where(marked & ~is_rarest, MARK, scene.grid)
 
 
@@ -1173,7 +1160,7 @@ def stamp_largest_box(scene: Scene, objects: ObjectSet) -> Grid | None:
     grid, hidden = scene.grid.copy(), scene.grid.copy()
     hidden[objects.boxes[k]] = -2
     template = scene.grid[objects.boxes[k]]
-    if (template == objects.colors[k + 1]).all():
+    if not ((template != objects.colors[k + 1]) & (template != scene.background)).any():
         return None
     return grid if _stamp_markers(scene, grid, hidden, template, int(objects.colors[k + 1]), True) else None
 
@@ -1248,18 +1235,14 @@ def stamp_at_cells(scene: Scene, objects: ObjectSet, own_color: bool) -> Grid | 
     return grid
 
 
-def _reflections(centre: np.ndarray, cells: np.ndarray, turns: str) -> list[np.ndarray]:
-    """Return the places [n, 2] of cells about a centre (twice its coordinates): both "mirrors", or "all" views."""
+def _reflections(centre: np.ndarray, cells: np.ndarray, turns: bool) -> list[np.ndarray]:
+    """Return the places [n, 2] of cells mirrored, or turned, about a centre (twice its coordinates)."""
     row, column = (2 * cells - centre).T
-    images = [(row, -column), (-row, column), (-row, -column)]
-    if turns == "all":
-        images += [(column, row), (column, -row), (-column, row), (-column, -row)]
-    if turns == "turns":
-        images = [(column, -row), (-column, row), (-row, -column)]
-    return [(np.stack(image, 1) + centre) // 2 for image in images]
+    first = [(column, -row), (-column, row)] if turns else [(row, -column), (-row, column)]
+    return [(np.stack(image, 1) + centre) // 2 for image in (*first, (-row, -column))]
 
 
-def _complete(scene: Scene, grid: Grid, cells: np.ndarray, centre: np.ndarray, turns: str) -> None:
+def _complete(scene: Scene, grid: Grid, cells: np.ndarray, centre: np.ndarray, turns: bool) -> None:
     """Write the reflections of cells about a centre on the background of `grid`, in place."""
     colors = scene.grid[cells[:, 0], cells[:, 1]]
     for image in _reflections(centre, cells, turns):
@@ -1275,31 +1258,20 @@ def _write(scene: Scene, grid: Grid, places: np.ndarray, colors: np.ndarray) -> 
 
 
 def _centre(grid: Grid, mask: np.ndarray) -> np.ndarray:
-    """Return twice the centre of the first colour, rarest first, that mirrors itself, else that of the box.
-
-    Row and column sum to an even number, so that quarter turns stay on cells.
-    """
-    colors, counts = np.unique(grid[mask], return_counts=True)
-    first = {int(c): i for i, c in reversed(list(enumerate(grid[mask])))}
-    for color in sorted(colors.tolist(), key=lambda c: (counts[colors == c][0], first[c])):
-        rows, columns = np.nonzero(mask & (grid == color))
-        top, left = rows.min(), columns.min()
-        part = np.zeros((rows.max() - top + 1, columns.max() - left + 1), bool)
-        part[rows - top, columns - left] = True
-        if (
-            len(colors) > 1
-            and part.shape[0] == part.shape[1]
-            and (part == part[::-1]).all()
-            and (part == part[:, ::-1]).all()
-        ):
-            return np.array([rows.max() + top, columns.max() + left])
-    rows, columns = np.nonzero(mask)
-    sides = rows.min() + rows.max(), columns.min() + columns.max()
-    return np.array(sides)
+    """Return twice the centre of the rarest colour that mirrors itself both ways in a square, else that of the box."""
+    counts = np.bincount(grid[mask], minlength=NUM_COLORS)
+    colors = sorted(dict.fromkeys(grid[mask].tolist()), key=lambda color: counts[color])
+    for color in colors if len(colors) > 1 else ():
+        cells = mask & (grid == color)
+        box = bounding_box(cells)
+        part = cells[box]
+        if part.shape[0] == part.shape[1] and (part == part[::-1]).all() and (part == part[:, ::-1]).all():
+            return np.array([side.start + side.stop - 1 for side in box])
+    return np.array(mask.shape) - 1
 
 
 @on_parts
-def complete_objects(scene: Scene, objects: ObjectSet, turns: str) -> Grid:
+def complete_objects(scene: Scene, objects: ObjectSet, turns: bool) -> Grid:
     """Return the grid with every object mirrored or turned about its symmetric part, or its box's centre."""
     grid = scene.grid.copy()
     for k, (box, mask) in enumerate(zip(objects.boxes, objects.masks, strict=True), 1):
@@ -1307,7 +1279,7 @@ def complete_objects(scene: Scene, objects: ObjectSet, turns: str) -> Grid:
             continue
         corner = np.array([box[0].start, box[1].start])
         centre = _centre(scene.grid[box], mask) + 2 * corner
-        if turns != "mirrors" and centre.sum() % 2:
+        if turns and centre.sum() % 2:
             continue
         _complete(scene, grid, np.argwhere(mask) + corner, centre, turns)
     return grid
@@ -1315,25 +1287,20 @@ def complete_objects(scene: Scene, objects: ObjectSet, turns: str) -> Grid:
 
 @for_same_shape
 def complete_about_cross(scene: Scene) -> Grid | None:
-    """Return the grid with the foreground mirrored about the crossing of full one-colour lines."""
-    rows = np.flatnonzero((scene.grid == scene.grid[:, :1]).all(1) & scene.foreground[:, 0])
-    columns = np.flatnonzero((scene.grid == scene.grid[:1]).all(0) & scene.foreground[0])
-    if not len(rows) and not len(columns):
-        color = None
-        for color in scene.by_frequency:
-            box = scene.color_boxes[color]
-            r, c = box
-            if r.stop - r.start == scene.shape[0] and c.stop - c.start == scene.shape[1]:
-                is_color = scene.grid == color
-                rows = np.flatnonzero(is_color.mean(1) > 0.9)
-                columns = np.flatnonzero(is_color.mean(0) > 0.9)
-                break
-    if not len(rows) or not len(columns):
-        return None
-    grid = scene.grid.copy()
-    centre = np.array([rows[0] + rows[-1], columns[0] + columns[-1]])
-    _complete(scene, grid, np.argwhere(scene.foreground), centre, "mirrors")
-    return grid
+    """Return the grid with the foreground mirrored about the crossing of rows and columns that one colour nearly fills.
+
+    The most frequent colour of which there are both is the cross.
+    """
+    for color in scene.by_frequency:
+        is_color = scene.grid == color
+        rows = np.flatnonzero(is_color.mean(1) > ALMOST_FULL)
+        columns = np.flatnonzero(is_color.mean(0) > ALMOST_FULL)
+        if len(rows) and len(columns):
+            grid = scene.grid.copy()
+            centre = np.array([rows[0] + rows[-1], columns[0] + columns[-1]])
+            _complete(scene, grid, np.argwhere(scene.foreground), centre, False)
+            return grid
+    return None
 
 
 # 9. Patterns ----------------------------------------------------------------------------------------------------------
@@ -1685,10 +1652,10 @@ def _pattern_layers() -> Iterator[Layer]:
         "mirror each one-colour object left-right": {"index": 1},
         "mirror each one-colour object top-bottom": {"index": 2},
     })  # fmt: skip
-    for turns, name in (("mirrors", "both mirrors"), ("turns", "quarter turns")):
-        yield Layer(
-            f"complete each object by {name}", "complete", partial(complete_objects, kind="object", turns=turns)
-        )
+    yield from _layers("complete", partial(complete_objects, kind="object"), {
+        "complete each object by both mirrors": {"turns": False},
+        "complete each object by quarter turns": {"turns": True},
+    })  # fmt: skip
     yield Layer("complete about the cross", "cross", complete_about_cross)
     yield Layer("continue the diagonals", "diagonal", continue_diagonals)
     yield from _layers("repeat", repeat_foreground, {

@@ -1,7 +1,7 @@
 """What the demonstrations of a task alone say about the size of the test output: a Bayesian mixture of size rules.
 
 A rule is a measure of the input (its sides, a box, a count...) and a step (doubled, as a column...); it pays for every
-demonstration that it misses. Imports numpy and grid_hypotheses; used by demo_prior, prior_cache and the loss.
+demonstration that it misses. Imports numpy and grid_hypotheses; used by demo_prior, prior_cache and task_features.
 """
 
 from __future__ import annotations

@@ -138,6 +138,8 @@ PANELS = {
     },
     "00500 00500 55555 00500": {"panel grid": 2},  # the background is too common to separate
     "1 3 2": {"panel grid": (2, 1), "largest panel": 1},
+    "0405011 1415100": {"panel grid": (1, 2), "largest panel": (2, 3)},  # colour 4 cuts unequal panels
+    "01041504101 10140514010": {"panel grid": (1, 2), "largest panel": (2, 5)},  # colour 4 cuts three panels
 }
 
 # For objects of one colour and for objects of any, none of which touch
