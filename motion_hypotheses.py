@@ -1080,13 +1080,15 @@ def _templates(objects: ObjectSet, grid: Grid) -> list[int]:
 
 def _places(grid: Grid, marker: Grid, ground: int) -> np.ndarray:
     """Return the upper left corners where all set cells (>= 0) of `marker` fit, its ground also outside."""
-    (h, w), (height, width) = marker.shape, grid.shape
-    padded = np.pad(grid, ((h, h), (w, w)), constant_values=-1)
-    fits = np.ones((height + h, width + w), bool)
-    for i, j in np.argwhere(marker >= 0):
-        part = padded[i : i + height + h, j : j + width + w]
-        fits &= (part == marker[i, j]) | ((part == -1) & (marker[i, j] == ground))
-    return np.argwhere(fits) - (h, w)
+    cells = np.argwhere(marker >= 0)
+    colors = marker[cells[:, 0], cells[:, 1]]
+    first = int((colors != ground).argmax())
+    corners = np.argwhere(grid == colors[first]) - cells[first]
+    places = corners[:, None] + cells  # [corners, cells, axis]
+    is_inside = ((places >= 0) & (places < grid.shape)).all(2)
+    rows, columns = np.where(is_inside[..., None], places, 0).transpose(2, 0, 1)
+    fits = np.where(is_inside, grid[rows, columns] == colors, colors == ground)
+    return corners[fits.all(1)]
 
 
 def _stamp(grid: Grid, template: Grid, corner: np.ndarray, background: int) -> None:
@@ -1165,7 +1167,7 @@ def stamp_largest_box(scene: Scene, objects: ObjectSet) -> Grid | None:
     return grid if _stamp_markers(scene, grid, hidden, template, int(objects.colors[k + 1]), True) else None
 
 
-@on_parts
+@on_movers
 def repeat_towards_hints(scene: Scene, objects: ObjectSet) -> Grid | None:
     """Return the grid with the largest object repeated towards each other one, in its colour, up to the border."""
     if objects.count < 2 or objects.sizes.max() < 3:
@@ -1270,7 +1272,7 @@ def _centre(grid: Grid, mask: np.ndarray) -> np.ndarray:
     return np.array(mask.shape) - 1
 
 
-@on_parts
+@on_movers
 def complete_objects(scene: Scene, objects: ObjectSet, turns: bool) -> Grid:
     """Return the grid with every object mirrored or turned about its symmetric part, or its box's centre."""
     grid = scene.grid.copy()
@@ -1407,6 +1409,8 @@ def link_rooms(scene: Scene) -> Grid | None:
     if not len(ends):
         return None
     wall = int(most_common(np.zeros_like(ends), ends, 1)[0])
+    if wall == scene.background:
+        return None
     walls = is_row & (grid[:, 0] == wall), is_column & (grid[0] == wall)
     row, column = (wall_line.cumsum() for wall_line in walls)
     shape = int(row[-1]) + 1, int(column[-1]) + 1
