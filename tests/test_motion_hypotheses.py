@@ -270,7 +270,9 @@ PATTERNS = {
         "copy the fullest panel": "11011011 13013013 00000000 11011011 13013013 00000000 11011011 13013013",
         "rank of each panel": "aa0bb0aa aa0bb0aa 00000000 bb0bb0bb bb0bb0bb 00000000 aa0bb0bb aa0bb0bb",
     },
-    "050150 555555 250052 555555 050150": {"link rooms": "051150 555555 25aa52 555555 051150"},
+    "00501500 00500500 55555555 20500520 00500500 55555555 00510500 00500500": {
+        "link rooms": "00511500 00511500 55555555 225aa522 225aa522 55555555 00511500 00511500",
+    },
 }
 
 TABLES = (REGIONS, DISTANCES, TRAITS, SURROUNDINGS, COLORS, MOTION, LINES, STAMPS, PATTERNS)
@@ -311,7 +313,7 @@ DOES_NOT_APPLY = [
     ("complete the largest box at markers", "1100 1000 0000 0002"),
     ("boxes by the legend", "1300 0000"),
     ("continue the diagonals", "1200 3400 0000"),
-    ("link rooms", "010 002 300"),
+    ("link rooms", "010 000 000"),
     ("link panels in rows", "110 011 101"),
 ]
 
