@@ -6,6 +6,11 @@ a second. Everything runs on one thread, so that two runs of the same batches ag
 
 from __future__ import annotations
 
+import os
+
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")  # before numpy; the tests measure the time of one thread
+
 import contextlib
 import io
 import json
