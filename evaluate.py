@@ -7,6 +7,7 @@ the judges only, and the second look at the true size, which is scored under a n
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from prior_cache import PriorCache
 from reward_shaping import cells_union, potentials, skill
 
 RESAMPLES = 10_000  # of a bootstrap interval
+NAMES_SHOWN = 3  # of the hypotheses that carried the prior's exact answers
 
 Item = tuple[Context, Grid]
 
@@ -270,14 +272,14 @@ def look_at_true_size(tally: Tally, system: ARCSystem, runtime: Runtime, query: 
 # Baselines that need no training -------------------------------------------------------------------------------------
 
 
-def baselines(items: Iterable[Item], prior: PriorCache) -> dict[str, float]:
+def baselines(items: Iterable[Item], prior: PriorCache) -> dict[str, float | str]:
     """Return cells (true size) and exact counts of three trivial answers, and the share of sizes the rule gets right.
 
     copy: the input; color: the answer's own most common colour, an upper bound for every one-colour answer; prior: the
     demonstrations' prior (its cells at the true size; exact: its best candidate at its own likeliest size, two_exact:
-    one of its best two).
+    one of its best two; names: the hypotheses that carried most of its exact answers, with their numbers).
     """
-    tally = Tally()
+    tally, names = Tally(), Counter()
     for context, answer in items:
         _, grid = context.seen()
         shape = answer.shape
@@ -290,7 +292,9 @@ def baselines(items: Iterable[Item], prior: PriorCache) -> dict[str, float]:
         guess = prior.preference(context, shape).log_prob.argmax(-1)
         tally.add("prior_cells", [float((guess == answer).mean())])
         size = prior.sizes(context)[0][0]
-        exact = [np.array_equal(grid, answer) for grid, _, _ in prior.preference(context, size).candidates[:2]]
+        best = prior.preference(context, size).candidates[:2]
+        exact = [np.array_equal(grid, answer) for grid, _, _ in best]
+        names.update(name.partition(" between ")[0] for _, _, name in best[:1] if exact[0])
         tally.add("prior_exact", [any(exact[:1])])
         tally.add("prior_two_exact", [any(exact)])
         tally.add("rule_size", [size == shape])
@@ -302,5 +306,6 @@ def baselines(items: Iterable[Item], prior: PriorCache) -> dict[str, float]:
         "prior_cells": tally.mean("prior_cells"),
         "prior_exact": int(tally.sums["prior_exact"]),
         "prior_two_exact": int(tally.sums["prior_two_exact"]),
+        "prior_names": "; ".join(f"{name} ({count})" for name, count in names.most_common(NAMES_SHOWN)),
         "rule_size": tally.mean("rule_size"),
     }

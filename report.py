@@ -544,7 +544,7 @@ def full_summary(
     epoch: int,
     train: dict[str, float],
     scores: dict[str, float] | None,
-    base: dict[str, float] | None,
+    base: dict[str, float | str] | None,
     memory: dict[str, float],
     cells_per_second: float,
 ) -> str:
@@ -562,6 +562,7 @@ def full_summary(
             f"  Exact: {scores['exact']} | copy-input {base['copy_exact']} | one-colour {base['color_exact']}"
             f" | demo prior {base['prior_exact']}",
             *beside_prior_lines(scores),
+            f"  Prior's answers by: {base['prior_names'] or 'none'}",
             size_line(scores["size_accuracy"], base["rule_size"]),
             gain_line(scores["nats_gained"]),
             prompt_gap_line(scores["prompt_gap"]),

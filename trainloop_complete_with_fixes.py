@@ -314,7 +314,7 @@ class Run:
     state: LoopState
     stop: StopFlag
     data_hash: str
-    baselines: dict[str, float] | None = None
+    baselines: dict[str, float | str] | None = None
     started: float = field(default_factory=time.monotonic)
 
     def batches(self, epoch: int) -> int:

@@ -640,6 +640,7 @@ def test_exact_matches_of_the_prior_are_those_of_its_best_candidates_at_its_own_
     items = [(Context(name, "test:0", demos, grid("21", "43")), right) for name in answers]
     found = baselines(items, FixedPrior(answers))
     assert (found["prior_exact"], found["prior_two_exact"], found["rule_size"]) == (1, 2, 3 / 4)
+    assert found["prior_names"] == "candidate 0 (1)"
 
 
 def test_baselines_are_judged_in_the_augmented_frame():

@@ -423,7 +423,8 @@ def test_further_lines():
 
 TRAIN = {"loss": 2.0, "reward": 0.0, "qwen_grad": 0.1, "qwen_upd": 1e-4, "term/risk": 0.5, "term/step": 0.25}
 BASE = {"copy_cells": 0.5, "color_cells": 0.6, "prior_cells": 0.8, "copy_exact": 0, "color_exact": 21,
-        "prior_exact": 275, "rule_size": 0.9}  # fmt: skip
+        "prior_exact": 275, "rule_size": 0.9,
+        "prior_names": "tile, then colour map (7); identity, then colour map (2)"}  # fmt: skip
 SCORES = {
     "exact": 290, "outputs": 1076, "accuracy_delta": 0.0, "cells_true": 0.81, "cells_predicted": 0.79,
     "cells_unrefined": 0.79, "size_accuracy": 0.91, "nats_gained": 0.1, "prompt_gap": 0.0,
@@ -440,12 +441,13 @@ def test_summary_of_an_epoch_compares_with_the_prior_below_the_trivial_answers()
     memory = {"size": 3, "theta": 0.5}
     lines = report.full_summary(0, TRAIN, SCORES, BASE, memory, 100.0).splitlines()
     start = lines.index("  Exact: 290 | copy-input 0 | one-colour 21 | demo prior 275")
-    assert lines[start + 1 : start + 7] == [
+    assert lines[start + 1 : start + 8] == [
         "  Exact beside the prior: 290 of 1076 | demo prior 275 | difference +15 [+4, +26]",
         "  Exact where the prior is unsure: 40 of 800 | demo prior 25 | difference +15 [+5, +27]",
         "  Exact at two attempts: 320 of 1076 | demo prior 290 | difference +30 [+18, +42]",
         "  Answered at once by the prior: 276 of 1076, 250 right | planner there 240",
         "  Potential: 0.730 | demo prior 0.720 | over the prior +0.010 | skill +0.036",
+        "  Prior's answers by: tile, then colour map (7); identity, then colour map (2)",
         "  Size accuracy: 0.910 (rule 0.900)",
     ]
     assert "  Val Accuracy: 0.2695 (290/1076)" in lines
