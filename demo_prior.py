@@ -46,7 +46,7 @@ TREE_SAMPLE = 200  # cells of a demonstration that keep their colour, and that c
 LOCAL_PRIOR = -0.5  # log prior of experts that are not layers
 EXPLAINED = 0.005  # nats per cell below which no rewriting is tried
 LARGE = 3000  # known cells beyond which the effort is always standard, so that the time is bounded
-COMPOSED = 3  # rewritten inputs that are followed up, of all that apply
+COMPOSED = 2  # rewritten inputs that are followed up, of all that apply
 COMPOSED_PRIOR = -2.0
 BANK: tuple[Layer, ...] = (*LAYERS, *PART_LAYERS, *MOTION_LAYERS)
 EYE = np.eye(NUM_COLORS)
@@ -433,7 +433,7 @@ def _first_look(demonstration: tuple[Grid, Grid]) -> float:
     """Return the log-likelihood of an output under the colour map of its best layer, less a nat per symbol mapped."""
     grid, answer = demonstration
     sheet = _sheet(grid, answer.shape)
-    symbols = [found for layer in BANK if (found := sheet.read(layer)) is not None]
+    symbols = [found for layer in LAYERS if (found := sheet.read(layer)) is not None]
     if not symbols:
         return -math.inf
     row = np.arange(len(symbols))[:, None] * NUM_SYMBOLS + np.stack(symbols)
