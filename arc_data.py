@@ -697,6 +697,27 @@ def test_contexts(
 test_contexts.__test__ = False  # not a test, whatever its name says to pytest
 
 
+def leave_one_out(contexts: Sequence[Context]) -> tuple[list[tuple[Context, Grid]], list[int]]:
+    """Return (context, answer) for each demonstration of each context, predicted from its others; and whose each is.
+
+    Every answer is a demonstration's output, so nothing enters that the context does not show. A context with a single
+    demonstration gives nothing. Those of a test input are the pairs that `TaskSampler` trains on, under the same names.
+    """
+    items: list[tuple[Context, Grid]] = []
+    owner: list[int] = []
+    for index, context in enumerate(contexts):
+        shown = context.demonstrations
+        prefix = "" if context.pair_id.startswith("test:") else f"{context.pair_id}, "
+        for i in range(len(shown) if len(shown) > 1 else 0):
+            others = shown[:i] + shown[i + 1 :]
+            held_out = dataclasses.replace(
+                context, pair_id=f"{prefix}train:{i}", demonstrations=others, input=shown[i][0]
+            )
+            items.append((held_out, shown[i][1]))
+            owner.append(index)
+    return items, owner
+
+
 def evaluation_batches(items: Sequence[tuple[Context, Any]], batch_cells: int) -> list[list[int]]:
     """Return lists of indices into `items`, each a batch of similar sides; every index once, order deterministic.
 

@@ -155,6 +155,9 @@ class LossConfig:
     lambda_step: float = setting(0.1, "weight of L_step, expected planning steps / T", low=0)
     lambda_consistency: float = setting(1.0, "weight of L_consistency, cross-entropy with the target", low=0)
     lambda_bidirectional: float = setting(0.5, "weight of L_bidirectional, JS(forward, backward)", low=0)
+    detach: str = setting(
+        "none", "side of L_bidirectional that gets no gradient: none, fwd or bwd", choices=("none", "fwd", "bwd")
+    )
     lambda_z: float = setting(0.2, "weight of L_z_learning, KL(preference head || desirability)", low=0)
     lambda_prompt: float = setting(0.1, "weight of L_prompt, agreement of trajectory and prompt", low=0)
     lambda_reward: float = setting(0.3, "weight of the reward term -R", low=0)
@@ -199,11 +202,28 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How an output is predicted."""
+
+    refine: str = setting(
+        "search",
+        "the prompt that a prediction uses: none (as written), mean (moved by the policy's mean), search (the one of"
+        " several refinements and memories under which the demonstrations predict one another best), or random (a"
+        " search among random moves of the same lengths, as a control)",
+        choices=("none", "mean", "search", "random"),
+    )
+    refine_samples: int = setting(8, "refinements that a search tries per input, besides the mean and none", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """The episodic memory and its admission threshold."""
 
     use_memory: bool = setting(True, "store solved tasks and let the planner recall similar ones")
     memory_capacity: int = setting(4096, "entries kept", low=1)
+    memory_recall: str = setting(
+        "similar", "entries to recall: the most similar, or random ones as a control", choices=("similar", "random")
+    )
     memory_top_k: int = setting(5, "entries recalled per query", low=1)
     memory_similarity: float = setting(0.5, "least similarity of a recalled entry", low=-1, high=1)
     threshold_beta: float = setting(0.98, "decay of the running mean of scores", low=0, high=0.9999)
@@ -238,6 +258,7 @@ class TrainConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -15,14 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arc_data import PAD, Answer, Context, Grid, Query, canvas_side, collate, evaluation_batches
-from arc_system import ARCSystem, Runtime, Scene, canvas_for, on_canvas
+from arc_data import (
+    PAD,
+    Answer,
+    Context,
+    Grid,
+    Query,
+    canvas_side,
+    collate,
+    evaluation_batches,
+    leave_one_out,
+)
+from arc_system import ARCSystem, Runtime, Scene, canvas_for, keyed_generator, on_canvas
 from config import RewardConfig
 from grid_accuracy_loss import cell_accuracy, cell_nats, exact_match, grid_sizes
 from prior_cache import PriorCache
 from reward_shaping import cells_union, potentials, skill
 
-RESAMPLES = 10_000  # of a bootstrap interval
+RESAMPLES = 10_000  # of a bootstrap interval of counts
+RESAMPLES_OF_A_MEAN = 2_000
 NAMES_SHOWN = 3  # of the hypotheses that carried the prior's exact answers
 
 Item = tuple[Context, Grid]
@@ -56,7 +67,7 @@ class Prediction:
 
 @torch.no_grad()
 def predict(system: ARCSystem, query: Query, runtime: Runtime) -> Prediction:
-    """Return two attempts from the query alone; deterministic (the policy's mean move).
+    """Return two attempts from the query alone; deterministic.
 
     The first is planned, unless the prior is confident enough to answer at once with its own best grid.
     """
@@ -65,22 +76,85 @@ def predict(system: ARCSystem, query: Query, runtime: Runtime) -> Prediction:
         sizes = scene.sizes()
         side = canvas_for(sizes)
         reading, _ = system.read(query, scene, sizes, side)
-        proposal = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
-        refined = system.policy.refine(scene.embedding, proposal, 0)
+        shapes = system.prior.likeliest_sizes(query)
+        confident = system.prior.confidences(query, shapes) >= system.config.agent.answer_confidence
+        refined = refine_prompts(system, query, scene, confident)
         after = system.plan(scene, reading, refined)
         before = system.plan(scene, reading, scene.embedding)
     halted = after.halt_logits > 0
     steps = torch.where(halted.any(1), halted.int().argmax(1) + 1, after.halt_logits.shape[1])
-    shapes = system.prior.likeliest_sizes(query)
     side = max(side, canvas_side(max(max(shape) for shape in shapes)))
     planned, unrefined = on_canvas(after.decode(), side), on_canvas(before.decode(), side)
     candidates, _ = system.prior.candidates(query, shapes, side, count=2)
-    at_once = system.prior.confidences(query, shapes) >= system.config.agent.answer_confidence
-    at_once &= has_cells(candidates[:, 0])
+    at_once = confident & has_cells(candidates[:, 0])
     first, second = two_attempts(planned, candidates, at_once)
     unrefined = torch.where(at_once[:, None, None], first, unrefined)
     steps = torch.where(at_once, 0, steps)
     return Prediction(first, second, unrefined, planned, candidates, at_once, steps, refined, scene)
+
+
+# Refinement of the prompt at prediction ------------------------------------------------------------------------------
+
+
+def refine_prompts(system: ARCSystem, query: Query, scene: Scene, confident: Tensor) -> Tensor:
+    """Return the prompts [B, Dp] to predict with, as --refine says; no search where `confident` [B]."""
+    if system.config.evaluation.refine == "none":
+        return scene.embedding
+    if system.config.evaluation.refine == "mean":
+        return scene.embedding + candidate_moves(system, scene, samples=0)[1]
+    moves = candidate_moves(system, scene, system.config.evaluation.refine_samples)
+    if system.config.evaluation.refine == "random":
+        moves = random_moves(moves, system.config.run.seed)
+    chosen = (~confident).nonzero().flatten().tolist()
+    nats = demonstration_nats(system, [query.contexts[i] for i in chosen], moves[:, chosen])
+    best = torch.zeros(len(query), dtype=torch.int64, device=moves.device)
+    best[chosen] = nats.argmin(0)
+    return scene.embedding + moves[best, torch.arange(len(query), device=moves.device)]
+
+
+def candidate_moves(system: ARCSystem, scene: Scene, samples: int) -> Tensor:
+    """Return moves of the prompts [M, B, Dp]: none, the policy's mean, samples of the policy, what the memory recalls.
+
+    The samples use the same noise for every prompt, so that an answer does not depend on the batch it is in.
+    """
+    mean = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
+    proposals = [mean]
+    if samples:
+        noise = keyed_generator(torch.device("cpu"), system.config.run.seed, "search")
+        proposals.append(system.policy.propose(scene.prompt, scene.features, samples, noise, shared=True))
+    origin = torch.zeros_like(scene.embedding)
+    moves = [origin[None], *(system.policy.refine(origin, proposal) for proposal in proposals)]
+    if samples and scene.recall is not None:
+        moves.append(scene.recall.deltas.transpose(0, 1))
+    return torch.cat(moves)
+
+
+def random_moves(moves: Tensor, seed: int) -> Tensor:
+    """Return moves [M, B, Dp] of the same lengths in random directions, the same for every prompt: a control."""
+    noise = torch.randn(len(moves), 1, moves.shape[-1], generator=keyed_generator(torch.device("cpu"), seed, "random"))
+    return torch.nn.functional.normalize(noise.to(moves.device), dim=-1) * moves.norm(dim=-1, keepdim=True)
+
+
+def demonstration_nats(system: ARCSystem, contexts: Sequence[Context], moves: Tensor) -> Tensor:
+    """Return [M, B] nats per cell of the contexts' demonstrations, each predicted from the others, under moved prompts.
+
+    Shapes:  B contexts, moves [M, B, Dp]
+    Every demonstration counts alike; 0 for a context with a single one.
+    """
+    items, owner = leave_one_out(contexts)
+    count = len(moves)
+    nats = torch.zeros(count, len(contexts), device=moves.device)
+    owners = torch.tensor(owner, device=moves.device)
+    for batch in evaluation_batches(items, system.config.data.batch_cells):
+        query, answer = collate([items[i][0] for i in batch], [items[i][1] for i in batch])
+        query, answer = query.to(moves.device), answer.to(moves.device)
+        scene = system.observe(query)
+        reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1], answer.shapes)
+        prompts = scene.embedding + moves[:, owners[batch]]
+        planned = system.agent.plan(reading.repeat(count), prompts.flatten(0, 1))
+        found = cell_nats(planned.final(), answer.target.repeat(count, 1, 1))
+        nats.index_add_(1, owners[batch], found.view(count, -1))
+    return nats / torch.bincount(owners, minlength=len(contexts)).clamp(min=1)
 
 
 def has_cells(grid: Tensor) -> Tensor:
@@ -105,21 +179,26 @@ def two_attempts(planned: Tensor, candidates: Tensor, at_once: Tensor) -> tuple[
 
 @dataclass
 class Tally:
-    """Sums over outputs; a mean divides by its own count once."""
+    """One value per output and name, in the order of `add`; a mean divides once."""
 
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     def add(self, name: str, values: Tensor | np.ndarray | Sequence[float]) -> None:
         """Add one value per output."""
-        values = torch.as_tensor(values, dtype=torch.float64).cpu()
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
-        self.counts[name] = self.counts.get(name, 0.0) + values.numel()
+        self.parts.setdefault(name, []).append(torch.as_tensor(values, dtype=torch.float64).cpu().numpy().ravel())
+
+    def values(self, name: str) -> np.ndarray:
+        """Return all values, float64 [outputs]; empty when nothing was added."""
+        return np.concatenate(self.parts.get(name, [np.zeros(0)]))
+
+    def sum(self, name: str) -> float:
+        """Return the sum, 0 when nothing was added."""
+        return float(self.values(name).sum())
 
     def mean(self, name: str) -> float:
         """Return the mean, nan when nothing was added."""
-        count = self.counts.get(name, 0.0)
-        return self.sums[name] / count if count else float("nan")
+        values = self.values(name)
+        return float(values.mean()) if values.size else float("nan")
 
 
 def validate(
@@ -132,11 +211,23 @@ def validate(
     """Return the validation metrics of the system over items (context, answer), in evaluation mode.
 
     Keys: outputs, exact (count at the predicted size), accuracy, cells_true, cells_predicted, cells_unrefined,
-    accuracy_delta, size_accuracy, nats_gained, prompt_gap, steps; at_once (count of inputs that the prior answers),
-    at_once_exact, at_once_planned (exact among these, and so the planner's own grids for them); potential,
-    potential_prior (means), skill; and beside the prior, each with the suffixes of `beside_prior`: exact, unsure_exact
-    (the inputs not answered at once), two_exact (at two attempts).
+    accuracy_delta (cells that the refinement gained, with _low and _high) and refinement_nats (nats per cell that it
+    gained at the true size, with both), size_accuracy, nats_gained, prompt_gap, steps; at_once (count of inputs that
+    the prior answers), at_once_exact, at_once_planned (exact among these, and so the planner's own grids for them);
+    potential, potential_prior (means), skill; and beside the prior, each with the suffixes of `beside_prior`: exact,
+    unsure_exact (the inputs not answered at once), two_exact (at two attempts).
     """
+    return summary(collect(system, runtime, items, batch_cells, tick))
+
+
+def collect(
+    system: ARCSystem,
+    runtime: Runtime,
+    items: Sequence[Item],
+    batch_cells: int,
+    tick: Callable[[int], None] = lambda done: None,
+) -> Tally:
+    """Return what `validate` sums up, output by output; "item" says which of the items each value belongs to."""
     tally = Tally()
     with evaluation_mode(system):
         for batch in evaluation_batches(items, batch_cells):
@@ -146,21 +237,30 @@ def validate(
             prediction = predict(system, query, runtime)
             judge(tally, prediction, answer)
             judge_beside_prior(tally, prediction, query, answer, system.config.reward)
-            look_at_true_size(tally, system, runtime, query, answer)
+            look_at_true_size(tally, system, runtime, prediction, query, answer)
+            tally.add("item", batch)
             tick(len(batch))
+    return tally
+
+
+def summary(tally: Tally) -> dict[str, float]:
+    """Return the metrics of `validate`."""
     potential, base = tally.mean("potential"), tally.mean("potential_prior")
+    delta = tally.values("after") - tally.values("before")
+    refined = tally.values("unrefined_nats") - tally.values("nats")
     return {
-        "outputs": int(tally.counts["exact"]),
+        "outputs": tally.values("exact").size,
         "accuracy": tally.mean("exact"),
         "cells_true": tally.mean("cells_true"),
         "cells_predicted": tally.mean("after"),
         "cells_unrefined": tally.mean("before"),
-        "accuracy_delta": tally.mean("after") - tally.mean("before"),
+        **with_interval("accuracy_delta", delta),
+        **with_interval("refinement_nats", refined),
         "size_accuracy": tally.mean("size"),
         "nats_gained": tally.mean("prior_nats") - tally.mean("nats"),
         "prompt_gap": tally.mean("shuffled_nats") - tally.mean("paired_nats"),
         "steps": tally.mean("steps"),
-        **{name: int(tally.sums[name]) for name in ("at_once", "at_once_exact", "at_once_planned")},
+        **{name: int(tally.sum(name)) for name in ("at_once", "at_once_exact", "at_once_planned")},
         "potential": potential,
         "potential_prior": base,
         "skill": float(skill(torch.tensor(potential), torch.tensor(base))),
@@ -204,6 +304,7 @@ def judge_beside_prior(
 
     best, next_best = prediction.candidates.unbind(1)
     first, prior, at_once = is_exact(prediction.grid), is_exact(best), prediction.at_once
+    tally.add("planned_exact", is_exact(prediction.planned))
     compare(tally, "exact", first, prior)
     compare(tally, "unsure_exact", first[~at_once], prior[~at_once])
     compare(tally, "two_exact", first | is_exact(prediction.second), prior | is_exact(next_best))
@@ -227,8 +328,8 @@ def beside_prior(tally: Tally, name: str) -> dict[str, int]:
 
     The last two bound the difference of the first and the third: see `paired_interval`.
     """
-    ours, prior, won, lost = (int(tally.sums[name + end]) for end in ("", "_prior", "_won", "_lost"))
-    outputs = int(tally.counts[name])
+    ours, prior, won, lost = (int(tally.sum(name + end)) for end in ("", "_prior", "_won", "_lost"))
+    outputs = tally.values(name).size
     low, high = paired_interval(won, lost, outputs)
     return {name: ours, f"{name}_of": outputs, f"{name}_prior": prior, f"{name}_low": low, f"{name}_high": high}
 
@@ -247,21 +348,33 @@ def paired_interval(won: int, lost: int, outputs: int) -> tuple[int, int]:
     return int(low), int(high)
 
 
+def with_interval(name: str, values: np.ndarray) -> dict[str, float]:
+    """Return NAME (the mean of one value per output), NAME_low and NAME_high: its 95 % bootstrap interval.
+
+    The resamples are the same in every call.
+    """
+    rng, count = np.random.default_rng(0), len(values)
+    drawn = [values[rng.integers(0, count, count)].mean() for _ in range(RESAMPLES_OF_A_MEAN)]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return {name: float(values.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
 @torch.no_grad()
-def look_at_true_size(tally: Tally, system: ARCSystem, runtime: Runtime, query: Query, answer: Answer) -> None:
+def look_at_true_size(
+    tally: Tally, system: ARCSystem, runtime: Runtime, prediction: Prediction, query: Query, answer: Answer
+) -> None:
     """Add cells, nats and the prompt gap with the true output size given; none of it is a prediction."""
+    scene, refined = prediction.scene, prediction.embedding
     with runtime.autocast():
-        scene = system.observe(query)
-        proposal = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
-        refined = system.policy.refine(scene.embedding, proposal, 0)
         side = answer.target.shape[-1]
-        reading, preference = system.read(query, scene, answer.target_size, side, answer.shapes)
-        own = system.plan(scene, reading, refined)
+        reading, _ = system.read(query, scene, answer.target_size, side, answer.shapes)
+        own, plain = system.plan(scene, reading, refined), system.plan(scene, reading, scene.embedding)
         shuffled = system.plan(scene, reading, refined.roll(len(query) // 2, 0)) if len(query) > 1 else None
     right, cells = cell_accuracy(own.decode(), answer.target)
     tally.add("cells_true", right / cells)
     nats = cell_nats(own.final(), answer.target)
     tally.add("nats", nats)
+    tally.add("unrefined_nats", cell_nats(plain.final(), answer.target))
     prior = system.prior.preferences(query, answer.shapes, side).to(runtime.device)
     tally.add("prior_nats", cell_nats(prior, answer.target))
     if shuffled is not None:
@@ -300,12 +413,12 @@ def baselines(items: Iterable[Item], prior: PriorCache) -> dict[str, float | str
         tally.add("rule_size", [size == shape])
     return {
         "copy_cells": tally.mean("copy_cells"),
-        "copy_exact": int(tally.sums["copy_exact"]),
+        "copy_exact": int(tally.sum("copy_exact")),
         "color_cells": tally.mean("color_cells"),
-        "color_exact": int(tally.sums["color_exact"]),
+        "color_exact": int(tally.sum("color_exact")),
         "prior_cells": tally.mean("prior_cells"),
-        "prior_exact": int(tally.sums["prior_exact"]),
-        "prior_two_exact": int(tally.sums["prior_two_exact"]),
+        "prior_exact": int(tally.sum("prior_exact")),
+        "prior_two_exact": int(tally.sum("prior_two_exact")),
         "prior_names": "; ".join(f"{name} ({count})" for name, count in names.most_common(NAMES_SHOWN)),
         "rule_size": tally.mean("rule_size"),
     }

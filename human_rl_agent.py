@@ -130,15 +130,24 @@ class HumanRLAugmentor(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, state: Tensor, num_samples: int, generator: torch.Generator | None = None, deterministic: bool = False
+        self,
+        state: Tensor,
+        num_samples: int,
+        generator: torch.Generator | None = None,
+        deterministic: bool = False,
+        shared: bool = False,
     ) -> Tensor:
-        """Return raw actions [G, B, k + 1] without a graph; deterministic: G copies of the mean."""
+        """Return raw actions [G, B, k + 1] without a graph; deterministic: G copies of the mean.
+
+        shared: every state gets the same noise, so that a row's actions do not depend on the batch it is in.
+        """
         mean_BA, log_std_A, _ = self(state)
         mean_GBA = mean_BA.expand(num_samples, -1, -1)
         if deterministic:
             return mean_GBA.clone()
         device = state.device if generator is None else generator.device
-        noise_GBA = torch.randn(mean_GBA.shape, generator=generator, device=device).to(mean_BA.device)
+        shape = (num_samples, 1 if shared else mean_BA.shape[0], mean_BA.shape[1])
+        noise_GBA = torch.randn(shape, generator=generator, device=device).to(mean_BA.device)
         return mean_GBA + log_std_A.exp() * noise_GBA
 
     def log_prob(self, action: Tensor, state: Tensor) -> Tensor:

@@ -557,7 +557,7 @@ class EFELoss(nn.Module):
                 return cells.log_q.new_zeros(())
             # f_t stands at index t - 1, b_t at index t; the ends are anchored by the consistency and reverse terms.
             log_backward = log_belief(trajectory.backward[:, 1:, :height, :width], mask)
-            return batch_mean(bidirectional(cells.log_q[:, :-1], log_backward, mask), valid)
+            return batch_mean(bidirectional(cells.log_q[:, :-1], log_backward, mask, detach=self.config.detach), valid)
 
         def contrast() -> Tensor:
             kept = torch.arange(PROMPT_QUEUE, device=task_slot.device) < self.queue_seen

@@ -95,8 +95,9 @@ class PolicyRefinedAgent(nn.Module):
         num_samples: int,
         generator: torch.Generator | None = None,
         deterministic: bool = False,
+        shared: bool = False,
     ) -> Proposal:
-        """Return G moves for each of the prompts; deterministic: the mean move, which evaluation uses.
+        """Return G moves for each of the prompts; deterministic: the mean move; shared: the same noise for all prompts.
 
         Shapes:  prompt.embedding [B, Dp], prompt.control [B, Dc], features [B, F], num_samples = G
         The prompt enters normalised and detached; its learned projection is the first layer of the policy.
@@ -104,7 +105,7 @@ class PolicyRefinedAgent(nn.Module):
         with torch.autocast(prompt.embedding.device.type, enabled=False):
             embedding_BD = F.layer_norm(prompt.embedding.detach().float(), (self.prompt_dim,))
             state_BS = torch.cat([embedding_BD, prompt.control.detach().float(), features.detach().float()], dim=-1)
-            return Proposal(state_BS, self.augmentor.sample(state_BS, num_samples, generator, deterministic))
+            return Proposal(state_BS, self.augmentor.sample(state_BS, num_samples, generator, deterministic, shared))
 
     def gate(self, proposal: Proposal) -> Tensor:
         """Return alpha = sigmoid(v) in [0, 1], [G, B]."""

@@ -495,6 +495,19 @@ def predicted_cells_line(predicted_size: float, unrefined: float | None = None) 
     return f"  Cells (predicted size): {predicted_size:.3f}{beside}"
 
 
+def refinement_line(scores: dict[str, float]) -> str:
+    """Return what the refined prompt gained over the one as written: cells at the predicted size, nats at the true one.
+
+    Both with 95 % intervals.
+    """
+
+    def gained(name: str) -> str:
+        mean, low, high = (scores[name + end] for end in ("", "_low", "_high"))
+        return f"{mean:+z.4f} [{low:+z.4f}, {high:+z.4f}]"
+
+    return f"  Refinement: cells {gained('accuracy_delta')} | nats per cell {gained('refinement_nats')}"
+
+
 def beside_prior_line(label: str, exact: int, outputs: int, prior: int, low: int, high: int) -> str:
     """Return exact matches beside the prior's on the same outputs, and the 95 % interval of their difference."""
     return (
@@ -559,6 +572,7 @@ def full_summary(
         lines += [
             cells_line(scores["cells_true"], base["copy_cells"], base["color_cells"], base["prior_cells"]),
             predicted_cells_line(scores["cells_predicted"], scores["cells_unrefined"]),
+            refinement_line(scores),
             f"  Exact: {scores['exact']} | copy-input {base['copy_exact']} | one-colour {base['color_exact']}"
             f" | demo prior {base['prior_exact']}",
             *beside_prior_lines(scores),

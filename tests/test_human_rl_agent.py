@@ -135,6 +135,9 @@ def test_samples_follow_the_generator_and_carry_no_graph():
     assert torch.allclose(many.mean(0), mean, atol=0.05)
     assert torch.allclose(many.std(0), log_std.exp().expand_as(mean), atol=0.03)
     assert torch.equal(augmentor.sample(state, 2, deterministic=True)[1], mean)
+    shared = augmentor.sample(state, 4, torch.Generator().manual_seed(1), shared=True)
+    alone = augmentor.sample(state[3:4], 4, torch.Generator().manual_seed(1), shared=True)
+    assert torch.allclose(shared[:, 3:4], alone, atol=1e-6)
 
 
 def test_log_std_stays_in_range_and_comes_back_from_its_edge():

@@ -434,6 +434,8 @@ SCORES = {
     "two_exact": 320, "two_exact_of": 1076, "two_exact_prior": 290, "two_exact_low": 18, "two_exact_high": 42,
     "at_once": 276, "at_once_exact": 250, "at_once_planned": 240,
     "potential": 0.73, "potential_prior": 0.72, "skill": 0.036,
+    "accuracy_delta_low": -0.001, "accuracy_delta_high": 0.001,
+    "refinement_nats": 0.0021, "refinement_nats_low": -0.00004, "refinement_nats_high": 0.0042,
 }  # fmt: skip
 
 
@@ -451,6 +453,7 @@ def test_summary_of_an_epoch_compares_with_the_prior_below_the_trivial_answers()
         "  Size accuracy: 0.910 (rule 0.900)",
     ]
     assert "  Val Accuracy: 0.2695 (290/1076)" in lines
+    assert "  Refinement: cells +0.0000 [-0.0010, +0.0010] | nats per cell +0.0021 [+0.0000, +0.0042]" in lines
     unjudged = report.full_summary(0, TRAIN, None, None, memory, 100.0)
     assert "demo prior" not in unjudged and "at once" not in unjudged
 

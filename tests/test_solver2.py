@@ -191,6 +191,20 @@ def test_recall_never_returns_the_querys_own_task_nor_its_pair():
     assert by_pair.valid.sum() == 19 and 0 not in by_pair.index[by_pair.valid].tolist()
 
 
+def test_random_recall_is_as_full_but_not_by_likeness_and_never_the_own_task():
+    memory = make_memory(memory_recall="random")
+    tasks = [f"t{i}" for i in range(200)]
+    memory.admit(make_candidates(tasks, seed=7))
+    query = make_candidates(tasks, seed=8)
+    recall = memory.recall(query.features, query.prompt, tasks)
+    again = memory.recall(query.features.flip(0), query.prompt.flip(0), tasks[::-1])
+    assert recall.valid.all() and torch.equal(recall.index, again.index.flip(0))
+    assert (recall.index != torch.arange(200)[:, None]).all()
+    assert (recall.similarity >= memory.config.memory_similarity).all() and (recall.similarity <= 1).all()
+    counts = torch.bincount(recall.index.flatten(), minlength=200)
+    assert counts.max() < 20 and (counts > 0).sum() > 150  # spread over the entries
+
+
 def test_recall_of_an_empty_memory_is_the_null_entry_alone():
     recall = make_memory().recall(torch.rand(3, FEATURES), torch.randn(3, PROMPT), ["a", "b", "c"])
     assert recall.weights.tolist() == [[0.0] * 5 + [1.0]] * 3
