@@ -206,9 +206,21 @@ class ARCSystem(nn.Module):
     def plan_both_ways(
         self, query: Query, scene: Scene, reading: Reading, embedding: Tensor, grid: Tensor, size: Tensor
     ) -> Trajectory:
-        """Return the forward trajectory with the backward beliefs that start at `grid` (the target while training)."""
+        """Return the forward trajectory with the backward beliefs that start at `grid` (the target while training).
+
+        Without them where nothing weighs them.
+        """
         trajectory = self.plan(scene, reading, embedding)
+        if not self.plans_backward:
+            return trajectory
         return with_backward(trajectory, self.agent.plan_backward(query, grid, size, embedding))
+
+    @property
+    def plans_backward(self) -> bool:
+        """Return True when a term of the loss or of the reward needs the backward planner."""
+        loss, reward = self.config.loss, self.config.reward
+        in_loss = loss.mode == "full" and (loss.lambda_bidirectional > 0 or loss.lambda_reverse > 0)
+        return in_loss or reward.reward_reverse > 0
 
     def language_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the trainable parameters of the language model, named within the system."""

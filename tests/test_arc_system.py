@@ -637,6 +637,27 @@ def test_target_reaches_the_backward_beliefs_and_nothing_else(shared):
     assert torch.equal(plain.mask, answer.mask)
 
 
+@pytest.mark.parametrize(
+    ("values", "needed"),
+    [
+        ({}, True),
+        ({"loss__lambda_bidirectional": 0.0}, True),
+        ({"loss__lambda_reverse": 0.0, "loss__lambda_bidirectional": 0.5}, True),
+        ({"loss__lambda_reverse": 0.0, "loss__lambda_bidirectional": 0.0}, False),
+        ({"loss__lambda_reverse": 0.0, "loss__lambda_bidirectional": 0.0, "reward__reward_reverse": 0.5}, True),
+        ({"loss__mode": "seed"}, False),
+    ],
+)
+def test_backward_planner_runs_only_where_something_weighs_it(values, needed):
+    system = make_system(**values)
+    query, answer = make_batch()
+    with torch.no_grad():
+        scene = system.observe(query)
+        reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1])
+        both = system.plan_both_ways(query, scene, reading, scene.embedding, answer.target, answer.target_size)
+    assert (both.backward is not None) == needed
+
+
 def test_prompt_changes_the_plan(shared):
     query, answer = make_batch()
     with torch.no_grad():

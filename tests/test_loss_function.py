@@ -595,6 +595,14 @@ def test_backward_plan_is_aligned_one_step_behind_and_its_start_meets_the_input(
     assert (b.backward.grad[:, 0].abs().sum(-1) > 0).equal(inside)
 
 
+@pytest.mark.parametrize(("side", "forward", "backward"), [("none", 1, 1), ("fwd", 0, 1), ("bwd", 1, 0)])
+def test_setting_detach_decides_which_planner_follows_the_other(side, forward, backward):
+    b = leaves(make_batch())
+    run(make_loss(detach=side, **only("bidirectional")), b).total.backward()
+    reached = [x.grad is not None and bool((x.grad != 0).any()) for x in (b.forward, b.backward)]
+    assert reached == [bool(forward), bool(backward)]
+
+
 def test_bidirectional_is_zero_when_backward_equals_forward_one_step_earlier():
     b = make_batch()
     b.backward[:, 1:, :4, :4] = b.forward[:, :-1]
