@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -296,11 +297,21 @@ def agreement_with_input(query: Query, backward: Tensor) -> Tensor:
     return cells_union(backward[:, 0].argmax(-1), query.input_size, query.input, query.input_size)
 
 
+class Judgement(NamedTuple):
+    """What refinements of a batch were worth: the policy's terms; reward [B] of member 0; gain [B] by the memory, None
+    without one; move [B, Dp]: the refinement with the highest reward, 0 where none is positive."""
+
+    terms: PolicyTerms
+    reward: Tensor
+    gain: Tensor | None
+    move: Tensor
+
+
 def score_refinements(
     system: ARCSystem, query: Query, answer: Answer, scene: Scene, reading: Reading, proposal: Proposal,
     trajectory: Trajectory, progress: float,
-) -> tuple[PolicyTerms, Tensor, Tensor | None]:  # fmt: skip
-    """Return the policy's terms, the reward [B] of member 0, and what the memory gained [B].
+) -> Judgement:  # fmt: skip
+    """Return what the proposed refinements are worth.
 
     The reward of a refinement is the change of the potential against the unrefined prompt, planned from the same
     reading; member 0 is the trajectory that is trained on. No gradient flows through any of it.
@@ -321,10 +332,13 @@ def score_refinements(
         change = torch.stack([shaping_reward(rated[1], rated[m]) for m in members])
         dense = torch.stack([dense_reward(nats[1], nats[m], system.config.reward) for m in members])
         next_state = system.policy.next_state(proposal, refined, features[members] - features[1])
+        reward, best = (change + dense).nan_to_num(nan=-torch.inf).max(0)
+        move = (refined - scene.embedding)[best, torch.arange(len(best), device=best.device)]
+        move = torch.where(reward[:, None] > 0, move, 0.0)
     scale = system.policy.curiosity_scale(progress)
     terms = system.policy.losses(proposal, change + dense, scale, next_state)
     gain = shaping_reward(rated[2], rated[1]) if len(plain) == 2 else None
-    return terms, change[0], gain
+    return Judgement(terms, change[0], gain, move)
 
 
 def on_canvas(grid: Tensor, side: int) -> Tensor:

@@ -143,6 +143,7 @@ class StepResult:
     policy: PolicyTerms | None
     reward: Tensor | None  # [B] of the refinement that was trained on; None when none was scored
     gain: Tensor | None  # [B] what the memory added to the potential; None when not scored
+    move: Tensor | None  # [B, Dp] the refinement that worked best, 0 where none did; None when none was scored
     scene: Scene
     refined: Tensor  # [B, Dp]
     trajectory: Trajectory
@@ -159,9 +160,9 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
     refined = system.policy.refine(scene.embedding, proposal, 0)
     target = torch.where(answer.mask, answer.target, PAD)
     trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
-    policy, reward, gain = None, None, None
+    policy, reward, gain, move = None, None, None, None
     if moment.scores_refinements:
-        policy, reward, gain = score_refinements(
+        policy, reward, gain, move = score_refinements(
             system, query, answer, scene, reading, proposal, trajectory, moment.progress
         )
     terms = system.efe_loss(
@@ -174,7 +175,7 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
         reward=reward,
         progress=moment.progress,
     )
-    return StepResult(terms.total, terms, policy, reward, gain, scene, refined, trajectory)
+    return StepResult(terms.total, terms, policy, reward, gain, move, scene, refined, trajectory)
 
 
 # 2. One update -------------------------------------------------------------------------------------------------------
@@ -247,9 +248,8 @@ def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResu
         return 0
     best, _ = system.prior.candidates(query, answer.shapes, answer.target.shape[-1], count=1)
     prior_score = cell_accuracy(best[:, 0], answer.target)[0] / cells.clamp(min=1)
-    worked = torch.zeros_like(score) if result.reward is None else (result.reward > 0).float()
-    host = torch.cat((embedding, (result.refined - result.scene.embedding) * worked[:, None],
-                      result.scene.features, torch.stack((score, prior_score, exact), 1)), 1).float().cpu()  # fmt: skip
+    move = torch.zeros_like(embedding) if result.move is None else result.move
+    host = torch.cat((embedding, move, result.scene.features, torch.stack((score, prior_score, exact), 1)), 1).float().cpu()  # fmt: skip
     widths = (embedding.shape[1], embedding.shape[1], result.scene.features.shape[1], 3)
     prompt, delta, features, scores = host.split(widths, 1)
     score, prior_score, exact = scores.unbind(1)

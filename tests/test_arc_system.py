@@ -30,6 +30,7 @@ from arc_system import (
     update_ratio,
 )
 from config import ConfigError, TrainConfig, resolve, with_values
+from grid_accuracy_loss import cell_nats
 from solver2 import Candidates
 
 SMALL = {
@@ -724,7 +725,7 @@ def score(system, samples=4, seed=0):
 
 def test_reward_of_the_trained_refinement_is_the_change_of_its_potential():
     system = make_system(noise=0.3, policy__action_scale=30.0, reward__reward_dense=0.0)
-    (terms, reward, gain), (query, answer, scene, _, trajectory) = score(system)
+    (terms, reward, gain, _), (query, answer, scene, _, trajectory) = score(system)
     with torch.no_grad():
         reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1])
         before = system.plan(scene, reading, scene.embedding)
@@ -734,6 +735,31 @@ def test_reward_of_the_trained_refinement_is_the_change_of_its_potential():
     torch.testing.assert_close(reward, rated[0] - rated[1])
     torch.testing.assert_close(gain, rated[1] - rated[2])
     assert reward.abs().max() > 0 and terms.advantage.shape == (4, 3)
+
+
+def test_move_that_is_remembered_is_the_best_of_the_refinements_or_none():
+    system = make_system(noise=0.3, policy__action_scale=30.0)
+    judged, (query, answer, scene, _, _) = score(system)
+    reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1])
+    proposal = system.policy.propose(scene.prompt, scene.features, 4, torch.Generator().manual_seed(0))
+    best, moves = torch.zeros(3), torch.zeros_like(scene.embedding)
+    with torch.no_grad():
+        before = system.plan(scene, reading, scene.embedding)
+        for member in range(4):
+            refined = system.policy.refine(scene.embedding, proposal, member)
+            after = system.plan(scene, reading, refined)
+            total = [arc_system.rate(system, query, answer, t.decode(), refined, None).total for t in (before, after)]
+            nats = [cell_nats(t.final(), answer.target) for t in (before, after)]
+            reward = total[1] - total[0] + 0.5 * (nats[0] - nats[1]).clamp(-1, 1)
+            better = reward > best
+            best = torch.where(better, reward, best)
+            moves = torch.where(better[:, None], refined - scene.embedding, moves)
+    torch.testing.assert_close(judged.move, moves, atol=1e-4, rtol=0)
+    assert (moves != 0).any(1).sum() > 0
+    with torch.no_grad():
+        for parameter in system.agent.parameters():
+            parameter.zero_()  # no prompt changes anything now
+    assert (score(system)[0].move == 0).all()
 
 
 def test_reverse_component_counts_the_backward_planners_way_to_the_input():

@@ -101,7 +101,7 @@ def test_fix2_higher_reward_prompt_becomes_more_likely(make_lab, trained_state):
     refined = lab.system.policy.refine(scene.embedding, proposal, 0)
     trajectory = lab.system.plan(scene, reading, refined)
     moment = driver.Moment(0, 4.0, True)
-    terms, reward, _ = driver.score_refinements(lab.system, query, answer, scene, reading, proposal, trajectory, 4.0)
+    terms, reward, _, _ = driver.score_refinements(lab.system, query, answer, scene, reading, proposal, trajectory, 4.0)
     advantage = terms.advantage
     assert (advantage.amax(0) > advantage.amin(0)).all()
     rise = rises(lab, proposal, terms)
