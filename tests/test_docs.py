@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from config import ConfigError, all_settings, build_parser, flag_of, parse_command_line
+from config import ConfigError, LossConfig, all_settings, build_parser, flag_of, parse_command_line
+from loss_function import TERM_NAMES, term_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = "trainloop_complete_with_fixes.py"
@@ -55,7 +56,7 @@ def commands(text: str) -> list[list[str]]:
 
 def tables(text: str) -> Iterator[tuple[list[str], list[list[str]]]]:
     """Yield (header, rows) of every table, cells stripped."""
-    for block in re.findall(r"(?:^\s*\|.*\|\n)+", text + "\n", re.MULTILINE):
+    for block in re.findall(r"(?:^[ \t]*\|.*\|\n)+", text + "\n", re.MULTILINE):
         lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])] for line in block.splitlines()]
         if len(lines) > 2:
             yield lines[0], lines[2:]
@@ -155,7 +156,7 @@ def missing_names(text: str) -> list[str]:
 
 
 def wrong_defaults(text: str) -> list[str]:
-    """Return the rows of tables with columns `flag` and `default` that do not tell the setting's default."""
+    """Return what a table with columns `flag` and `default`, or "`--flag` (default NUMBER)", says falsely."""
     known = {flag_of(path): item.default for path, item, _ in all_settings()}
     wrong = []
     for header, rows in tables(text):
@@ -163,6 +164,9 @@ def wrong_defaults(text: str) -> list[str]:
             flag, default = row[header.index("flag")].strip("`"), row[header.index("default")].strip("`")
             if flag.startswith("--") and (flag not in known or default != str(known[flag])):
                 wrong.append(f"{flag}: {default}, not {known.get(flag)}")
+    for flag, default in re.findall(r"`(--[\w-]+)` \(default ([-+.\de]+)\)", text):
+        if default != str(known.get(flag)):
+            wrong.append(f"{flag}: {default}, not {known.get(flag)}")
     return wrong
 
 
@@ -212,6 +216,15 @@ def test_every_section_names_a_test_or_a_command(name):
     assert unproved_sections((ROOT / "docs" / name).read_text()) == []
 
 
+def test_weights_in_the_document_are_those_of_the_code():
+    (header, rows), *_ = (t for t in tables((ROOT / "docs" / PROVED[0]).read_text()) if t[0][0] == "term")
+    assert tuple(row[0] for row in rows) == TERM_NAMES
+    for column, name in enumerate(header):
+        if name.startswith("e = "):
+            weights = term_weights(LossConfig(), float(name.removeprefix("e = ")))
+            assert {row[0]: float(row[column]) for row in rows} == pytest.approx(weights), name
+
+
 def test_false_statements_are_found():
     assert missing_tests("`test_that_nobody_wrote` and `test_false_statements_are_found`") == {"test_that_nobody_wrote"}
     assert missing_files("`config.py` `docs/NONE.md` [a](README.md) [b](gone.md) [c](https://a.b/c.md)") == [
@@ -222,8 +235,10 @@ def test_false_statements_are_found():
     block = f"    !python {DRIVER} --epochs 0\n\n```\npip install -q x && python benchmarks/prior.py --fast 1\n```\n"
     assert len(refused_commands(f"{block}`python nothing.py`")) == 3
     names = "`config.py`: `LossConfig.mode`, `flag_of`, `LossConfig.made_up`"
+    assert missing_names(f"Words.\n\n| a | code |\n|---|---|\n| b | {names} |\n") == ["config: LossConfig.made_up"]
     assert missing_names(f"| code |\n|---|\n| {names} |\n") == ["config: LossConfig.made_up"]
     assert missing_names(f"| names |\n|---|\n| {names} |\n") == []
+    assert wrong_defaults("`--keep` (default 4), `--keep` (default 5)") == ["--keep: 4, not 5"]
     assert wrong_defaults("| flag | default |\n|---|---|\n| `--lambda-risk` | 0.1 |\n| `--keep` | 6 |\n") == [
         "--keep: 6, not 5"]  # fmt: skip
     assert unproved_sections("# A\ntext\n## B\ntext\n### C\n`test_x`\n## D\n### E\n`python -m pytest`\n") == ["## B"]
