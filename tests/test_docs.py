@@ -225,6 +225,28 @@ def test_weights_in_the_document_are_those_of_the_code():
             assert {row[0]: float(row[column]) for row in rows} == pytest.approx(weights), name
 
 
+def takers_of_an_answer(node: ast.AST, prefix: str) -> Iterator[str]:
+    """Yield the dotted names of the functions in a module that have an Answer among their parameters."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield from takers_of_an_answer(child, f"{prefix}{child.name}.")
+        elif isinstance(child, ast.FunctionDef):
+            arguments = [*child.args.posonlyargs, *child.args.args, *child.args.kwonlyargs]
+            if any(a.annotation and re.search(r"\bAnswer\b", ast.unparse(a.annotation)) for a in arguments):
+                yield prefix + child.name
+
+
+def test_functions_that_take_an_answer_are_those_of_the_document():
+    found = {f"{path.name}: {name}" for path in ROOT.glob("*.py")
+             for name in takers_of_an_answer(ast.parse(path.read_text(encoding="utf-8")), "")}  # fmt: skip
+    listed = set()
+    for header, rows in tables((ROOT / "docs" / PROVED[2]).read_text()):
+        for row in rows if header == ["code", "sees an answer for"] else ():
+            module, *names = re.findall(r"`([^`]+)`", row[0])
+            listed |= {f"{module}: {name}" for name in names}
+    assert listed == found
+
+
 def test_false_statements_are_found():
     assert missing_tests("`test_that_nobody_wrote` and `test_false_statements_are_found`") == {"test_that_nobody_wrote"}
     assert missing_files("`config.py` `docs/NONE.md` [a](README.md) [b](gone.md) [c](https://a.b/c.md)") == [
