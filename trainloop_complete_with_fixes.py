@@ -249,7 +249,8 @@ def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResu
     best, _ = system.prior.candidates(query, answer.shapes, answer.target.shape[-1], count=1)
     prior_score = cell_accuracy(best[:, 0], answer.target)[0] / cells.clamp(min=1)
     move = torch.zeros_like(embedding) if result.move is None else result.move
-    host = torch.cat((embedding, move, result.scene.features, torch.stack((score, prior_score, exact), 1)), 1).float().cpu()  # fmt: skip
+    scores = torch.stack((score, prior_score, exact), 1)
+    host = torch.cat((embedding, move, result.scene.features, scores), 1).float().cpu()
     widths = (embedding.shape[1], embedding.shape[1], result.scene.features.shape[1], 3)
     prompt, delta, features, scores = host.split(widths, 1)
     score, prior_score, exact = scores.unbind(1)
