@@ -738,14 +738,14 @@ def test_reward_of_the_trained_refinement_is_the_change_of_its_potential():
 
 
 def test_move_that_is_remembered_is_the_best_of_the_refinements_or_none():
-    system = make_system(noise=0.3, policy__action_scale=30.0)
-    judged, (query, answer, scene, _, _) = score(system)
+    system = make_system(noise=0.1, policy__action_scale=3.0)
+    judged, (query, answer, scene, _, _) = score(system, samples=16)
     reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1])
-    proposal = system.policy.propose(scene.prompt, scene.features, 4, torch.Generator().manual_seed(0))
+    proposal = system.policy.propose(scene.prompt, scene.features, 16, torch.Generator().manual_seed(0))
     best, moves = torch.zeros(3), torch.zeros_like(scene.embedding)
     with torch.no_grad():
         before = system.plan(scene, reading, scene.embedding)
-        for member in range(4):
+        for member in range(16):
             refined = system.policy.refine(scene.embedding, proposal, member)
             after = system.plan(scene, reading, refined)
             total = [arc_system.rate(system, query, answer, t.decode(), refined, None).total for t in (before, after)]
@@ -755,7 +755,7 @@ def test_move_that_is_remembered_is_the_best_of_the_refinements_or_none():
             best = torch.where(better, reward, best)
             moves = torch.where(better[:, None], refined - scene.embedding, moves)
     torch.testing.assert_close(judged.move, moves, atol=1e-4, rtol=0)
-    assert (moves != 0).any(1).sum() > 0
+    assert (moves != 0).any()
     with torch.no_grad():
         for parameter in system.agent.parameters():
             parameter.zero_()  # no prompt changes anything now
