@@ -20,7 +20,7 @@ from arc_system import ARCSystem, Runtime, Scene, canvas_for, on_canvas
 from config import RewardConfig
 from grid_accuracy_loss import cell_accuracy, cell_nats, exact_match, grid_sizes
 from prior_cache import PriorCache
-from reward_shaping import cells_union, potentials, skill
+from reward_shaping import cells_union, color_counts, potentials, skill
 
 RESAMPLES = 10_000  # of a bootstrap interval
 NAMES_SHOWN = 3  # of the hypotheses that carried the prior's exact answers
@@ -134,8 +134,8 @@ def validate(
     Keys: outputs, exact (count at the predicted size), accuracy, cells_true, cells_predicted, cells_unrefined,
     accuracy_delta, size_accuracy, nats_gained, prompt_gap, steps; at_once (count of inputs that the prior answers),
     at_once_exact, at_once_planned (exact among these, and so the planner's own grids for them); potential,
-    potential_prior (means), skill; and beside the prior, each with the suffixes of `beside_prior`: exact, unsure_exact
-    (the inputs not answered at once), two_exact (at two attempts).
+    potential_prior (means), skill; copied, constant (shares, see `judge_habits`); and beside the prior, each with the
+    suffixes of `beside_prior`: exact, unsure_exact (the inputs not answered at once), two_exact (at two attempts).
     """
     tally = Tally()
     with evaluation_mode(system):
@@ -145,6 +145,7 @@ def validate(
             query, answer = query.to(runtime.device), answer.to(runtime.device)
             prediction = predict(system, query, runtime)
             judge(tally, prediction, answer)
+            judge_habits(tally, prediction, query, answer)
             judge_beside_prior(tally, prediction, query, answer, system.config.reward)
             look_at_true_size(tally, system, runtime, query, answer)
             tick(len(batch))
@@ -160,6 +161,8 @@ def validate(
         "nats_gained": tally.mean("prior_nats") - tally.mean("nats"),
         "prompt_gap": tally.mean("shuffled_nats") - tally.mean("paired_nats"),
         "steps": tally.mean("steps"),
+        "copied": tally.mean("copied"),
+        "constant": tally.mean("constant"),
         **{name: int(tally.sums[name]) for name in ("at_once", "at_once_exact", "at_once_planned")},
         "potential": potential,
         "potential_prior": base,
@@ -188,6 +191,13 @@ def judge(tally: Tally, prediction: Prediction, answer: Answer) -> None:
     tally.add("after", cells_union(prediction.grid, sizes, target, target_size))
     tally.add("before", cells_union(prediction.unrefined, sizes, target, target_size))
     tally.add("steps", prediction.steps)
+
+
+def judge_habits(tally: Tally, prediction: Prediction, query: Query, answer: Answer) -> None:
+    """Add which first attempts are the input, where the output has the input's size, and which are of one colour."""
+    kept = (answer.target_size == query.input_size).all(1)
+    tally.add("copied", exact_match(prediction.grid, prediction.sizes, query.input, query.input_size)[kept])
+    tally.add("constant", (color_counts(prediction.grid) > 0).sum(1) == 1)
 
 
 def judge_beside_prior(
