@@ -30,7 +30,7 @@ from arc_system import ARCSystem, Runtime, Scene, canvas_for, keyed_generator, o
 from config import RewardConfig
 from grid_accuracy_loss import cell_accuracy, cell_nats, exact_match, grid_sizes
 from prior_cache import PriorCache
-from reward_shaping import cells_union, potentials, skill
+from reward_shaping import cells_union, color_counts, potentials, skill
 
 RESAMPLES = 10_000  # of a bootstrap interval of counts
 RESAMPLES_OF_A_MEAN = 2_000
@@ -214,8 +214,9 @@ def validate(
     accuracy_delta (cells that the refinement gained, with _low and _high) and refinement_nats (nats per cell that it
     gained at the true size, with both), size_accuracy, nats_gained, prompt_gap, steps; at_once (count of inputs that
     the prior answers), at_once_exact, at_once_planned (exact among these, and so the planner's own grids for them);
-    potential, potential_prior (means), skill; and beside the prior, each with the suffixes of `beside_prior`: exact,
-    unsure_exact (the inputs not answered at once), two_exact (at two attempts).
+    potential, potential_prior (means), skill; copied, constant (shares, see `judge_habits`); and beside the prior, each
+    with the suffixes of `beside_prior`: exact, unsure_exact (the inputs not answered at once), two_exact (at two
+    attempts).
     """
     return summary(collect(system, runtime, items, batch_cells, tick))
 
@@ -236,6 +237,7 @@ def collect(
             query, answer = query.to(runtime.device), answer.to(runtime.device)
             prediction = predict(system, query, runtime)
             judge(tally, prediction, answer)
+            judge_habits(tally, prediction, query, answer)
             judge_beside_prior(tally, prediction, query, answer, system.config.reward)
             look_at_true_size(tally, system, runtime, prediction, query, answer)
             tally.add("item", batch)
@@ -260,6 +262,8 @@ def summary(tally: Tally) -> dict[str, float]:
         "nats_gained": tally.mean("prior_nats") - tally.mean("nats"),
         "prompt_gap": tally.mean("shuffled_nats") - tally.mean("paired_nats"),
         "steps": tally.mean("steps"),
+        "copied": tally.mean("copied"),
+        "constant": tally.mean("constant"),
         **{name: int(tally.sum(name)) for name in ("at_once", "at_once_exact", "at_once_planned")},
         "potential": potential,
         "potential_prior": base,
@@ -288,6 +292,13 @@ def judge(tally: Tally, prediction: Prediction, answer: Answer) -> None:
     tally.add("after", cells_union(prediction.grid, sizes, target, target_size))
     tally.add("before", cells_union(prediction.unrefined, sizes, target, target_size))
     tally.add("steps", prediction.steps)
+
+
+def judge_habits(tally: Tally, prediction: Prediction, query: Query, answer: Answer) -> None:
+    """Add which first attempts are the input, where the output has the input's size, and which are of one colour."""
+    kept = (answer.target_size == query.input_size).all(1)
+    tally.add("copied", exact_match(prediction.grid, prediction.sizes, query.input, query.input_size)[kept])
+    tally.add("constant", (color_counts(prediction.grid) > 0).sum(1) == 1)
 
 
 def judge_beside_prior(

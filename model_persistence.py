@@ -40,7 +40,7 @@ try:
 except ImportError:  # Windows: only the heartbeat protects a run
     fcntl = None
 
-FORMAT = 1
+FORMAT = 2  # 2: the loop state holds the health flags; files of format 1 are still read
 CHECKPOINTS, BEST_DELTA, LOCK = "checkpoints", "best_delta.pt", ".lock"
 STEP_NAME = re.compile(r"step_(\d{9,})\.pt")
 TEMPORARY_NAME = re.compile(r"\.tmp-(\d+)-.*")

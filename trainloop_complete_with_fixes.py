@@ -85,6 +85,7 @@ from config import (
 )
 from evaluate import baselines, validate
 from grid_accuracy_loss import Trajectory, cell_accuracy, exact_match, parameter_count
+from health import Change, Health
 from loss_function import EFETerms
 from model_persistence import (
     CheckpointError,
@@ -276,7 +277,8 @@ class LoopState:
     """Where the run stands; all of it is in every checkpoint.
 
     batch is the next batch of `epoch`; step counts batches of all epochs; window and epoch_sums are sums since the last
-    log line and since the epoch's start, kept on the device; best holds the best validation figures so far.
+    log line and since the epoch's start, kept on the device; memory_before holds what the memory had counted at the
+    epoch's start; best holds the best validation figures so far.
     """
 
     epoch: int = 0
@@ -285,6 +287,8 @@ class LoopState:
     bad_steps: int = 0
     validated: bool = False
     epoch_seconds: float = 0.0
+    save_seconds: float = 0.0
+    memory_before: dict[str, float] = field(default_factory=dict)
     window: dict[str, Tensor] = field(default_factory=dict)
     epoch_sums: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
@@ -316,6 +320,7 @@ class Run:
     state: LoopState
     stop: StopFlag
     data_hash: str
+    health: Health = field(default_factory=Health)
     baselines: dict[str, float | str] | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -368,7 +373,8 @@ def train_epoch(run: Run, epoch: int) -> int | None:
     state, config, runtime, system = run.state, run.config, run.runtime, run.system
     if state.epoch != epoch or state.validated:
         state.epoch, state.batch, state.validated = epoch, 0, False
-        state.epoch_sums, state.window, state.epoch_seconds = {}, {}, 0.0
+        state.epoch_sums, state.window, state.epoch_seconds, state.save_seconds = {}, {}, 0.0, 0.0
+        state.memory_before = memory_counts(run)
     total = run.batches(epoch)
     horizon = config.run.epochs * run.batches(0)
     system.train()
@@ -398,7 +404,9 @@ def train_epoch(run: Run, epoch: int) -> int | None:
             log_batch(run, update)
         stopping = run.is_over()
         if due(state.batch, config.run.save_every, last) or stopping:
+            began = time.monotonic()
             save(run)
+            state.save_seconds += time.monotonic() - began
         if stopping:
             bar.close()
             return end_session(run)
@@ -411,20 +419,24 @@ def count_step(run: Run, query: Query, answer: Answer, result: StepResult, updat
     state = run.state
     if not update.taken:
         state.bad_steps += 1
-        state.add({"skipped": 1.0})
         bad = [name for name, value in result.terms.terms.items() if not torch.isfinite(value)]
+        expected = run.runtime.scaler.is_enabled() and not bad  # a loss scaler finds its scale by overflows
+        state.add({"skipped": 1.0, "nonfinite": float(not expected)})
         where = ", ".join(sorted({c.task_id for c in query.contexts})[:4])
         run.console.warn(
             f"non-finite loss or gradient at epoch {state.epoch} batch {state.batch} (tasks {where}; "
             f"terms: {', '.join(bad) or 'gradient only'}); step skipped ({state.bad_steps}/{MAX_BAD_STEPS})"
         )
         if state.bad_steps >= MAX_BAD_STEPS:
+            tell_health(run, run.health.judge_window(window_numbers(run, means(state.window)), state.step))
             raise TrainingDiverged(f"training diverged: {MAX_BAD_STEPS} steps in a row were not finite")
         return
     state.bad_steps = 0
     values: dict[str, Tensor | float] = {f"term/{name}": value for name, value in result.terms.weighted.items()}
     values |= {"count": 1.0, "loss": result.total, "mask": result.terms.hard_fraction, "qwen_grad": update.qwen_norm,
                "norm": update.norm, "admitted": admitted, "cells": answer.mask.sum()}  # fmt: skip
+    if run.config.prompt.use_text and run.config.prompt.train_llm != "none":
+        values["qwen_zero"] = update.qwen_norm == 0
     if update.qwen_ratio is not None:
         values |= {"qwen_upd": update.qwen_ratio, "qwen_upds": 1.0}
     if result.reward is not None:
@@ -433,7 +445,7 @@ def count_step(run: Run, query: Query, answer: Answer, result: StepResult, updat
 
 
 OWN_COUNT = {"reward": "rewards", "tied": "rewards", "qwen_upd": "qwen_upds"}
-TOTALS = ("count", "cells", "admitted", "skipped", "rewards", "qwen_upds")
+TOTALS = ("count", "cells", "admitted", "skipped", "nonfinite", "rewards", "qwen_upds", "qwen_zero")
 
 
 def means(sums: dict[str, Tensor]) -> dict[str, float]:
@@ -464,8 +476,50 @@ def log_batch(run: Run, update: Update) -> None:
     if run.runtime.scaler.is_enabled():
         record["scale"] = run.runtime.scaler.get_scale()
     run.log.append(record)
+    tell_health(run, run.health.judge_window(window_numbers(run, values), state.step))
     state.window = {}
     run.lock.heartbeat()
+
+
+def window_numbers(run: Run, values: dict[str, float]) -> dict[str, float]:
+    """Return the numbers that health judges a window by; `values` are its means."""
+    count, skipped = values.get("count", 0.0), values.get("skipped", 0.0)
+    numbers = {"nonfinite": 0.0, **values, "count": count, "skipped": skipped, "batches": count + skipped}
+    if run.runtime.scaler.is_enabled():
+        numbers["scale"] = run.runtime.scaler.get_scale()
+    return numbers
+
+
+def epoch_numbers(run: Run, values: dict[str, float], scores: dict[str, float] | None) -> dict[str, float]:
+    """Return the numbers that health judges an epoch by; `values` are its means."""
+    state = run.state
+    numbers = {"rewards": 0.0, **values, **(scores or {}), "epoch": state.epoch, "save_seconds": state.save_seconds}
+    numbers["wall_seconds"] = state.epoch_seconds + state.save_seconds
+    if scores and run.baselines:
+        numbers["color_cells"] = run.baselines["color_cells"]
+    if run.config.memory.use_memory:
+        numbers |= {name: count - state.memory_before.get(name, 0) for name, count in memory_counts(run).items()}
+    return numbers
+
+
+def memory_counts(run: Run) -> dict[str, float]:
+    """Return how many samples the memory was offered in the whole run, and how many it has written."""
+    counts = run.system.memory.statistics()
+    return {"offered": counts["offered"], "written": counts["admissions"] + counts["replaced"]}
+
+
+def tell_health(run: Run, changes: list[Change]) -> None:
+    """Say which flags were raised and cleared, and keep that in metrics.jsonl and run.json."""
+    state = run.state
+    for rule, raised in changes:
+        if raised:
+            run.console.warn(f"{rule.flag}: {rule.problem}", rule.advice)
+        else:
+            run.console.note(f"{rule.flag} is over")
+        run.log.append({"event": "flag", "epoch": state.epoch, "batch": state.batch, "step": state.step,
+                        "flag": rule.flag, "raised": raised})  # fmt: skip
+    if changes:
+        run.folder.set_status("running", flags=run.health.summary())
 
 
 def run_validation(run: Run) -> dict[str, float]:
@@ -491,6 +545,7 @@ def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
     row |= {f"val_{name}": value for name, value in (scores or {}).items()}
     run.folder.write_epoch({**row, "train_seconds": state.epoch_seconds})
     run.log.append({"event": "epoch", **row, **{f"base_{k}": v for k, v in (run.baselines or {}).items()}})
+    tell_health(run, run.health.judge_epoch(epoch_numbers(run, values, scores), state.step))
     state.validated = True
     improved = scores is not None and keep_best(run, scores)
     path = save(run)
@@ -565,13 +620,14 @@ def save(run: Run) -> Path | None:
         "scaler": run.runtime.scaler.state_dict() if run.runtime.scaler.is_enabled() else None,
         "average": run.average.state_dict(),
         "memory": run.system.memory.state_dict(),
-        "loop": dataclasses.asdict(state),
+        "loop": {**dataclasses.asdict(state), "health": run.health.state_dict()},
         "rng": rng_state(),
         "metrics_offset": run.log.offset(),
         "data_hash": run.data_hash,
         "config": to_dict(run.config),
     }
-    run.folder.set_status("running", epoch=state.epoch, batch=state.batch, step=state.step, best=state.best)
+    run.folder.set_status("running", epoch=state.epoch, batch=state.batch, step=state.step, best=state.best,
+                          flags=run.health.summary())  # fmt: skip
     return run.store.save(state.step, payload)
 
 
@@ -587,6 +643,8 @@ def restore(run: Run, payload: dict[str, Any]) -> None:
     run.average.load_state_dict(payload["average"])
     run.system.memory.load_state_dict(payload["memory"])
     loop = dict(payload["loop"])
+    if "health" in loop:  # not before format 2
+        run.health.load_state_dict(loop.pop("health"))
     for name in ("window", "epoch_sums"):
         loop[name] = {key: value.to(run.runtime.device) for key, value in loop[name].items()}
     run.state = LoopState(**loop)
@@ -747,7 +805,7 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
     folder.write_config(to_dict(config), data_hash=run.data_hash, version=VERSION)
     facts = {**environment(), "device": str(run.runtime.device), "precision": run.runtime.precision}
     folder.start_session(facts, resumed_at)
-    folder.set_status("running", run_id=run.store.run_id)
+    folder.set_status("running", run_id=run.store.run_id, flags=run.health.summary())
     console.attach(folder.log_path)
     console.say(banner_line("run", f"{folder.path}   (seed {config.run.seed})"))
     console.say("[OK] All models created")

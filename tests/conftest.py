@@ -268,7 +268,7 @@ def comparable(path: Path) -> tuple[dict, list[dict], bytes]:
     """Return all that has to agree in two runs: the last checkpoint, the metrics, the best weights; without times."""
     checkpoint = read_checkpoint(list_checkpoints(path)[0])
     payload = {**checkpoint.payload, "step": checkpoint.step}
-    payload["loop"] = {name: value for name, value in payload["loop"].items() if name != "epoch_seconds"}
+    payload["loop"] = {name: value for name, value in payload["loop"].items() if not name.endswith("_seconds")}
     del payload["metrics_offset"]  # the digits of times decide it
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     records = [{k: v for k, v in record.items() if k not in ("t", "val_seconds")} for record in records]

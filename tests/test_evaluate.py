@@ -24,6 +24,7 @@ from evaluate import (
     candidate_moves,
     demonstration_nats,
     judge,
+    judge_habits,
     paired_interval,
     predict,
     two_attempts,
@@ -43,10 +44,13 @@ SMALL = {
 RUNTIME = choose_runtime(torch.device("cpu"), "fp32")
 KEYS = {"outputs", "exact", "accuracy", "cells_true", "cells_predicted", "cells_unrefined", "accuracy_delta",
         "size_accuracy", "nats_gained", "prompt_gap", "steps", "at_once", "at_once_exact", "at_once_planned",
-        "potential", "potential_prior", "skill", "refinement_nats"}  # fmt: skip
+        "potential", "potential_prior", "skill", "refinement_nats", "copied",
+        "constant"}  # fmt: skip
 KEYS |= {f"{name}_{end}" for name in ("accuracy_delta", "refinement_nats") for end in ("low", "high")}
 ENDS = ("", "_of", "_prior", "_low", "_high")
 KEYS |= {name + end for name in ("exact", "unsure_exact", "two_exact") for end in ENDS}
+COUNTS = {"at_once", "at_once_exact", "at_once_planned"}
+COUNTS |= {name + end for name in ("exact", "unsure_exact", "two_exact") for end in ("", "_of", "_prior")}
 ALL_AT_ONCE = 10**9
 NEVER = 2.0  # a confidence that no prior has
 
@@ -170,6 +174,8 @@ def reference_validation(system, items):
                 "at_once_planned": at_once and np.array_equal(planned, answer),
                 "potential": reference_potential(guess, answer, context, config),
                 "potential_prior": reference_potential(grids[0], answer, context, config),
+                "copied": np.array_equal(guess, context.input) if answer.shape == context.input.shape else math.nan,
+                "constant": len(np.unique(guess)) == 1,
                 "size_accuracy": float(guess.shape == answer.shape),
                 "cells_predicted": union_cells(guess, answer),
                 "cells_unrefined": union_cells(unrefined, answer),
@@ -178,8 +184,8 @@ def reference_validation(system, items):
                 "steps": 0.0 if at_once else float(prediction.steps[0]),
             }
         )
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    counts = {name: sum(row[name] for row in rows) for name, value in rows[0].items() if isinstance(value, bool)}
+    means = {name: float(np.nanmean([row[name] for row in rows])) for name in rows[0]}
+    counts = {name: sum(row[name] for row in rows) for name in rows[0] if name in COUNTS}
     skill = (means["potential"] - means["potential_prior"]) / (1 - means["potential_prior"])
     delta = means["cells_predicted"] - means["cells_unrefined"]
     more = {"outputs": len(items), "accuracy": means["exact"], "accuracy_delta": delta, "skill": skill}
@@ -609,6 +615,24 @@ def test_interval_of_a_mean_is_that_of_the_normal_approximation(values):
     assert found["x"] == pytest.approx(np.mean(values))
     assert found["x_low"] == pytest.approx(found["x"] - deviation, abs=0.15 * deviation + 1e-12)
     assert found["x_high"] == pytest.approx(found["x"] + deviation, abs=0.15 * deviation + 1e-12)
+
+
+def test_judge_habits_counts_copies_and_answers_of_one_colour():
+    demos = ((grid("12", "34"), grid("12", "34")),) * 2
+    cases = [  # input, answer, first attempt
+        (grid("12", "34"), grid("21", "43"), grid("12", "34")),  # a copy
+        (grid("12", "34"), grid("21", "43"), grid("12", "35")),  # nearly
+        (grid("77", "77"), grid("21", "43"), grid("77", "77")),  # a copy of one colour
+        (grid("12"), grid("12", "12"), grid("12")),  # a copy, but the size changes
+        (grid("12"), grid("21"), grid("12", "12")),  # the upper row alone is a copy
+        (grid("00", "00"), grid("0"), grid("0")),
+    ]
+    inputs, answers, guesses = zip(*cases, strict=True)
+    query, answer = collate([Context("t", "test:0", demos, seen) for seen in inputs], answers)
+    tally, nothing = Tally(), torch.zeros(len(cases))
+    judge_habits(tally, Prediction(stacked(guesses, 9), *[None] * 4, nothing, nothing, None, None), query, answer)
+    assert tally.sum("copied") == 2 and tally.values("copied").size == 4
+    assert tally.sum("constant") == 2 and tally.values("constant").size == 6
 
 
 # Beside the prior ----------------------------------------------------------------------------------------------------

