@@ -211,8 +211,8 @@ def low_reward(patch: pytest.MonkeyPatch) -> None:
     score = driver.score_refinements
 
     def score_low(*args):
-        terms, reward, gain = score(*args)
-        return terms, torch.full_like(reward, -0.11), gain
+        judged = score(*args)
+        return judged._replace(reward=torch.full_like(judged.reward, -0.11))
 
     patch.setattr(driver, "score_refinements", score_low)
 
