@@ -298,8 +298,8 @@ def agreement_with_input(query: Query, backward: Tensor) -> Tensor:
 
 
 class Judgement(NamedTuple):
-    """What refinements of a batch were worth: the policy's terms; reward [B] of member 0; gain [B] by the memory, None
-    without one; move [B, Dp]: the refinement with the highest reward, 0 where none is positive."""
+    """What refinements of a batch were worth: the policy's terms; reward [B] of the mean move; gain [B] by the memory,
+    None without one; move [B, Dp]: the refinement with the highest reward, 0 where none is positive."""
 
     terms: PolicyTerms
     reward: Tensor
@@ -309,17 +309,18 @@ class Judgement(NamedTuple):
 
 def score_refinements(
     system: ARCSystem, query: Query, answer: Answer, scene: Scene, reading: Reading, proposal: Proposal,
-    trajectory: Trajectory, progress: float,
+    refined: Tensor, trajectory: Trajectory, progress: float,
 ) -> Judgement:  # fmt: skip
     """Return what the proposed refinements are worth.
 
     The reward of a refinement is the change of the potential against the unrefined prompt, planned from the same
-    reading; member 0 is the trajectory that is trained on. No gradient flows through any of it.
+    reading. `trajectory` was planned under `refined` [B, Dp], the mean move, which is trained on; the proposal's
+    members only explore. No gradient flows through any of it.
     """
     with torch.no_grad():
-        refined = system.policy.refine(scene.embedding, proposal)  # [G, B, Dp]
+        members = system.policy.refine(scene.embedding, proposal)  # [G, B, Dp]
         plain = [scene.embedding] if scene.recall is None else [scene.embedding, scene.prompt.embedding]
-        prompts = torch.stack([refined[0], *plain, *refined[1:]])  # member 0, before, without memory, other members
+        prompts = torch.stack([refined, *plain, *members])  # mean move, before, without memory, members
         planned = system.agent.plan(reading.repeat(len(prompts) - 1), prompts[1:].flatten(0, 1))
         logits = torch.cat((trajectory.final(), planned.final())).unflatten(0, prompts.shape[:2])
         features = torch.cat((trajectory.features, planned.features)).float().unflatten(0, prompts.shape[:2])
@@ -328,15 +329,16 @@ def score_refinements(
         grids = torch.where(trajectory.mask, logits.argmax(-1), PAD)
         rated = [rate(system, query, answer, *pair, reliability) for pair in zip(grids, prompts, strict=True)]
         nats = torch.stack([cell_nats(x, answer.target) for x in logits])
-        members = [0, *range(1 + len(plain), len(prompts))]
-        change = torch.stack([shaping_reward(rated[1], rated[m]) for m in members])
-        dense = torch.stack([dense_reward(nats[1], nats[m], system.config.reward) for m in members])
-        next_state = system.policy.next_state(proposal, refined, features[members] - features[1])
-        reward, best = (change + dense).nan_to_num(nan=-torch.inf).max(0)
-        move = (refined - scene.embedding)[best, torch.arange(len(best), device=best.device)]
-        move = torch.where(reward[:, None] > 0, move, 0.0)
+        first = 1 + len(plain)
+        tried = [0, *range(first, len(prompts))]
+        change = torch.stack([shaping_reward(rated[1], rated[m]) for m in tried])
+        reward = change + torch.stack([dense_reward(nats[1], nats[m], system.config.reward) for m in tried])
+        next_state = system.policy.next_state(proposal, members, features[first:] - features[1])
+        highest, best = reward.nan_to_num(nan=-torch.inf).max(0)
+        move = (prompts - scene.embedding)[tried][best, torch.arange(len(best), device=best.device)]
+        move = torch.where(highest[:, None] > 0, move, 0.0)
     scale = system.policy.curiosity_scale(progress)
-    terms = system.policy.losses(proposal, change + dense, scale, next_state)
+    terms = system.policy.losses(proposal, reward[1:], scale, next_state)
     gain = shaping_reward(rated[2], rated[1]) if len(plain) == 2 else None
     return Judgement(terms, change[0], gain, move)
 

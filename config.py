@@ -196,7 +196,7 @@ class PolicyConfig:
     rl_samples: int = setting(4, "refinements G per prompt", low=1)
     rl_lr: float = setting(3e-3, "learning rate of the policy's own Adam", low=0)
     action_dim: int = setting(8, "directions k in which the prompt may move", low=1)
-    action_scale: float = setting(1.0, "largest move along one direction", low=0)
+    action_scale: float = setting(3.0, "largest move along one direction", low=0)
     entropy_weight: float = setting(1e-3, "weight of the policy's entropy", low=0)
     curiosity_weight: float = setting(0.1, "initial weight of the curiosity bonus; falls to 0 over three epochs", low=0)
 

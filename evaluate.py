@@ -115,6 +115,7 @@ def refine_prompts(system: ARCSystem, query: Query, scene: Scene, confident: Ten
 def candidate_moves(system: ARCSystem, scene: Scene, samples: int) -> Tensor:
     """Return moves of the prompts [M, B, Dp]: none, the policy's mean, samples of the policy, what the memory recalls.
 
+    Of every recalled entry the move that worked there, and the move to its prompt.
     The samples use the same noise for every prompt, so that an answer does not depend on the batch it is in.
     """
     mean = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
@@ -125,7 +126,8 @@ def candidate_moves(system: ARCSystem, scene: Scene, samples: int) -> Tensor:
     origin = torch.zeros_like(scene.embedding)
     moves = [origin[None], *(system.policy.refine(origin, proposal) for proposal in proposals)]
     if samples and scene.recall is not None:
-        moves.append(scene.recall.deltas.transpose(0, 1))
+        prompts = torch.where(scene.recall.valid[..., None], scene.recall.prompts - scene.embedding[:, None], 0.0)
+        moves += [scene.recall.deltas.transpose(0, 1), prompts.transpose(0, 1)]
     return torch.cat(moves)
 
 
@@ -144,7 +146,7 @@ def demonstration_nats(system: ARCSystem, contexts: Sequence[Context], moves: Te
     items, owner = leave_one_out(contexts)
     count = len(moves)
     nats = torch.zeros(count, len(contexts), device=moves.device)
-    owners = torch.tensor(owner, device=moves.device)
+    owners = torch.tensor(owner, dtype=torch.int64, device=moves.device)
     for batch in evaluation_batches(items, system.config.data.batch_cells):
         query, answer = collate([items[i][0] for i in batch], [items[i][1] for i in batch])
         query, answer = query.to(moves.device), answer.to(moves.device)
@@ -362,9 +364,9 @@ def paired_interval(won: int, lost: int, outputs: int) -> tuple[int, int]:
 def with_interval(name: str, values: np.ndarray) -> dict[str, float]:
     """Return NAME (the mean of one value per output), NAME_low and NAME_high: its 95 % bootstrap interval.
 
-    The resamples are the same in every call.
+    The resamples are the same in every call, and the order of the values does not matter.
     """
-    rng, count = np.random.default_rng(0), len(values)
+    rng, count, values = np.random.default_rng(0), len(values), np.sort(values)
     drawn = [values[rng.integers(0, count, count)].mean() for _ in range(RESAMPLES_OF_A_MEAN)]
     low, high = np.quantile(drawn, (0.025, 0.975))
     return {name: float(values.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}

@@ -115,8 +115,8 @@ class PolicyRefinedAgent(nn.Module):
         """Return p + alpha * scale * tanh(u) @ basis with unit rows, [B, Dp], or [G, B, Dp] for all members (None).
 
         The gradient reaches the prompt as the identity, and the basis; none reaches the policy, which learns from
-        rewards. The move is at most scale * k long. Train the supervised loss on member 0, not on the best one, which
-        would be a biased choice.
+        rewards. The move is at most scale * k long. Train the supervised loss on the mean move, which predictions use:
+        under random moves the planner learns to ignore the prompt, and the basis to be harmless.
         """
         action = proposal.action if member is None else proposal.action[member]
         with torch.autocast(embedding.device.type, enabled=False):

@@ -142,7 +142,7 @@ class StepResult:
     total: Tensor
     terms: EFETerms
     policy: PolicyTerms | None
-    reward: Tensor | None  # [B] of the refinement that was trained on; None when none was scored
+    reward: Tensor | None  # [B] of the mean move, which was trained on; None when none was scored
     gain: Tensor | None  # [B] what the memory added to the potential; None when not scored
     move: Tensor | None  # [B, Dp] the refinement that worked best, 0 where none did; None when none was scored
     scene: Scene
@@ -155,16 +155,16 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
     scene = system.observe(query)  # rule text -> Qwen -> prompt, and the memories it recalls
     side = answer.target.shape[-1]
     reading, preference = system.read(query, scene, answer.target_size, side, answer.shapes)  # size given
-    samples = system.config.policy.rl_samples if moment.scores_refinements else 1
-    generator = keyed_generator(query.input.device, system.config.run.seed, "refine", moment.step)
-    proposal = system.policy.propose(scene.prompt, scene.features, samples, generator)
-    refined = system.policy.refine(scene.embedding, proposal, 0)
+    mean_move = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
+    refined = system.policy.refine(scene.embedding, mean_move, 0)
     target = torch.where(answer.mask, answer.target, PAD)
     trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
     policy, reward, gain, move = None, None, None, None
     if moment.scores_refinements:
+        generator = keyed_generator(query.input.device, system.config.run.seed, "refine", moment.step)
+        proposal = system.policy.propose(scene.prompt, scene.features, system.config.policy.rl_samples, generator)
         policy, reward, gain, move = score_refinements(
-            system, query, answer, scene, reading, proposal, trajectory, moment.progress
+            system, query, answer, scene, reading, proposal, refined, trajectory, moment.progress
         )
     terms = system.efe_loss(
         trajectory,

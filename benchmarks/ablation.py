@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -317,7 +318,7 @@ def main(words: list[str]) -> int:
         if args.stage in ("confirm", "all"):
             run_all(args, plan(args, largest(args, args.arms, args.seeds[0]), args.seeds))
     what = f"sides up to {args.side}" if args.side else "all tasks"
-    print(f"`python benchmarks/ablation.py {' '.join(words)}`: ARC-AGI-2 training, {what}, preset {args.preset},"
+    print(f"`python benchmarks/ablation.py {shlex.join(words)}`: ARC-AGI-2 training, {what}, preset {args.preset},"
           f" {args.epochs} epochs, {args.device}, code {args.code}, {platform.machine()}\n")  # fmt: skip
     print(base_line(args, args.seeds) + "\n")
     print(table(args, args.arms, args.seeds))

@@ -709,17 +709,20 @@ def test_system_names_its_parts_once():
 # Judging refinements -------------------------------------------------------------------------------------------------
 
 
-def score(system, samples=4, seed=0):
-    """Return (terms, reward, gain) of refinements of one batch, and what they were judged on."""
+def score(system, samples=4, seed=0, trained=None):
+    """Return the judgement of refinements of one batch, and what they were judged on.
+
+    The refinement that is trained on is member 0, or the move `trained` [B, Dp].
+    """
     query, answer = make_batch()
     with torch.no_grad():
         scene = system.observe(query)
         reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1], answer.shapes)
         proposal = system.policy.propose(scene.prompt, scene.features, samples, torch.Generator().manual_seed(seed))
-        refined = system.policy.refine(scene.embedding, proposal, 0)
+        refined = system.policy.refine(scene.embedding, proposal, 0) if trained is None else scene.embedding + trained
         target = torch.where(answer.mask, answer.target, PAD)
         trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
-    judged = arc_system.score_refinements(system, query, answer, scene, reading, proposal, trajectory, 5.0)
+    judged = arc_system.score_refinements(system, query, answer, scene, reading, proposal, refined, trajectory, 5.0)
     return judged, (query, answer, scene, refined, trajectory)
 
 
@@ -762,6 +765,17 @@ def test_move_that_is_remembered_is_the_best_of_the_refinements_or_none():
     assert (score(system)[0].move == 0).all()
 
 
+def test_refinement_that_is_trained_on_counts_for_the_move_but_not_for_the_policy():
+    system = make_system(noise=0.1, policy__action_scale=3.0)
+    plain, (_, _, scene, _, _) = score(system, trained=torch.zeros(3, 16))
+    assert (plain.reward == 0).all()  # no move, no reward
+    far = 40.0 * torch.ones(3, 16)
+    judged, _ = score(system, trained=far)
+    assert (judged.reward != 0).any()
+    torch.testing.assert_close(judged.terms.advantage, plain.terms.advantage)
+    torch.testing.assert_close(judged.terms.total, plain.terms.total)
+
+
 def test_reverse_component_counts_the_backward_planners_way_to_the_input():
     with_reverse = make_system(noise=0.3, policy__action_scale=30.0, reward__reward_reverse=0.5)
     without = make_system(noise=0.3, policy__action_scale=30.0)
@@ -772,7 +786,7 @@ def test_reverse_component_counts_the_backward_planners_way_to_the_input():
     score(without)
     assert len(planned) == 1  # the trajectory's own
     score(with_reverse)
-    assert len(planned) == 1 + 1 + 6  # and one for each of: four refinements, before, without memory
+    assert len(planned) == 1 + 1 + 7  # and one for each of: the trained one, four members, before, without memory
     _, (query, answer, scene, refined, trajectory) = score(with_reverse)
     reliability = arc_system.agreement_with_input(query, trajectory.backward)
     expected = [

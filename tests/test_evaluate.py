@@ -567,9 +567,13 @@ def test_search_tries_none_the_mean_samples_and_memories(items):
     query, _ = collate([context for context, _ in items[:4]])
     scene = system.observe(query)
     moves = candidate_moves(system, scene, samples=4)
-    assert len(moves) == 2 + 4 + system.config.memory.memory_top_k
-    assert (moves[0] == 0).all() and torch.equal(moves[-5:], scene.recall.deltas.transpose(0, 1))
-    assert (moves[-5:] != 0).any()
+    recall, top_k = scene.recall, system.config.memory.memory_top_k
+    assert len(moves) == 2 + 4 + 2 * top_k
+    assert (moves[0] == 0).all() and torch.equal(moves[6:-top_k], recall.deltas.transpose(0, 1))
+    assert recall.valid.any() and not recall.valid.all()
+    reached = (scene.embedding + moves[-top_k:]).transpose(0, 1)
+    expected = torch.where(recall.valid[..., None], recall.prompts, scene.embedding[:, None])
+    torch.testing.assert_close(reached, expected)
     assert torch.equal(candidate_moves(system, scene, samples=0), moves[:2])
 
 
