@@ -207,10 +207,11 @@ class EvalConfig:
 
     refine: str = setting(
         "search",
-        "the prompt that a prediction uses: none (as written), mean (moved by the policy's mean), search (the one of"
-        " several refinements and memories under which the demonstrations predict one another best), or random (a"
-        " search among random moves of the same lengths, as a control)",
-        choices=("none", "mean", "search", "random"),
+        "the prompt that a prediction uses: none (as written), mean (moved by the policy's mean), or search (the best"
+        " of the policy's samples, a policy-gradient step from them, and memories, judged by how well the"
+        " demonstrations predict one another); as controls: isotropic (the same search from random directions) and"
+        " random (a random move as long as the one that the search found)",
+        choices=("none", "mean", "search", "isotropic", "random"),
     )
     refine_samples: int = setting(8, "refinements that a search tries per input, besides the mean and none", low=1)
 

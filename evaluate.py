@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from arc_data import (
@@ -28,12 +29,14 @@ from arc_data import (
 )
 from arc_system import ARCSystem, Runtime, Scene, canvas_for, keyed_generator, on_canvas
 from config import RewardConfig
-from grid_accuracy_loss import cell_accuracy, cell_nats, exact_match, grid_sizes
+from grid_accuracy_loss import Reading, cell_accuracy, cell_nats, exact_match, grid_sizes
+from policy_refined import leave_one_out_advantage
 from prior_cache import PriorCache
 from reward_shaping import cells_union, color_counts, potentials, skill
 
 RESAMPLES = 10_000  # of a bootstrap interval of counts
 RESAMPLES_OF_A_MEAN = 2_000
+STEP_LENGTHS = (1, 2, 4)  # of the policy gradient at prediction, in mean lengths of a sampled move
 NAMES_SHOWN = 3  # of the hypotheses that carried the prior's exact answers
 
 Item = tuple[Context, Grid]
@@ -98,25 +101,29 @@ def predict(system: ARCSystem, query: Query, runtime: Runtime) -> Prediction:
 
 def refine_prompts(system: ARCSystem, query: Query, scene: Scene, confident: Tensor) -> Tensor:
     """Return the prompts [B, Dp] to predict with, as --refine says; no search where `confident` [B]."""
-    if system.config.evaluation.refine == "none":
+    config = system.config.evaluation
+    if config.refine == "none":
         return scene.embedding
-    if system.config.evaluation.refine == "mean":
+    if config.refine == "mean":
         return scene.embedding + candidate_moves(system, scene, samples=0)[1]
-    moves = candidate_moves(system, scene, system.config.evaluation.refine_samples)
-    if system.config.evaluation.refine == "random":
-        moves = random_moves(moves, system.config.run.seed)
-    chosen = (~confident).nonzero().flatten().tolist()
-    nats = demonstration_nats(system, [query.contexts[i] for i in chosen], moves[:, chosen])
-    best = torch.zeros(len(query), dtype=torch.int64, device=moves.device)
-    best[chosen] = nats.argmin(0)
-    return scene.embedding + moves[best, torch.arange(len(query), device=moves.device)]
+    moves = candidate_moves(system, scene, config.refine_samples)
+    seed = system.config.run.seed
+    if config.refine == "isotropic":
+        moves = random_directions(moves, seed)
+    chosen = (~confident).nonzero().flatten()
+    found = torch.zeros_like(scene.embedding)
+    contexts = [query.contexts[i] for i in chosen.tolist()]
+    found[chosen] = search(Demonstrations(system, contexts), moves[:, chosen], config.refine_samples)
+    if config.refine == "random":
+        found = random_directions(found[None], seed)[0]
+    return scene.embedding + found
 
 
 def candidate_moves(system: ARCSystem, scene: Scene, samples: int) -> Tensor:
     """Return moves of the prompts [M, B, Dp]: none, the policy's mean, samples of the policy, what the memory recalls.
 
-    Of every recalled entry the move that worked there, and the move to its prompt.
-    The samples use the same noise for every prompt, so that an answer does not depend on the batch it is in.
+    Of every recalled entry the move that worked there, and the move to its prompt. The samples use the same noise for
+    every prompt, so that an answer does not depend on the batch it is in.
     """
     mean = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
     proposals = [mean]
@@ -131,32 +138,67 @@ def candidate_moves(system: ARCSystem, scene: Scene, samples: int) -> Tensor:
     return torch.cat(moves)
 
 
-def random_moves(moves: Tensor, seed: int) -> Tensor:
+def random_directions(moves: Tensor, seed: int) -> Tensor:
     """Return moves [M, B, Dp] of the same lengths in random directions, the same for every prompt: a control."""
     noise = torch.randn(len(moves), 1, moves.shape[-1], generator=keyed_generator(torch.device("cpu"), seed, "random"))
-    return torch.nn.functional.normalize(noise.to(moves.device), dim=-1) * moves.norm(dim=-1, keepdim=True)
+    return F.normalize(noise.to(moves.device), dim=-1) * moves.norm(dim=-1, keepdim=True)
 
 
-def demonstration_nats(system: ARCSystem, contexts: Sequence[Context], moves: Tensor) -> Tensor:
-    """Return [M, B] nats per cell of the contexts' demonstrations, each predicted from the others, under moved prompts.
+def search(demonstrations: Demonstrations, moves: Tensor, samples: int) -> Tensor:
+    """Return [B, Dp] the moves under which the demonstrations predict one another best.
 
-    Shapes:  B contexts, moves [M, B, Dp]
-    Every demonstration counts alike; 0 for a context with a single one.
+    Shapes:  moves [M, B, Dp] as `candidate_moves` gives them, M > samples + 1
+    Tried are the candidates, and steps along the policy gradient that the samples' rewards give. The reward is the
+    fall in nats per cell of the demonstrations, so no answer is needed. Of equal moves the first, which is none.
     """
-    items, owner = leave_one_out(contexts)
-    count = len(moves)
-    nats = torch.zeros(count, len(contexts), device=moves.device)
-    owners = torch.tensor(owner, dtype=torch.int64, device=moves.device)
-    for batch in evaluation_batches(items, system.config.data.batch_cells):
-        query, answer = collate([items[i][0] for i in batch], [items[i][1] for i in batch])
-        query, answer = query.to(moves.device), answer.to(moves.device)
-        scene = system.observe(query)
-        reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1], answer.shapes)
-        prompts = scene.embedding + moves[:, owners[batch]]
-        planned = system.agent.plan(reading.repeat(count), prompts.flatten(0, 1))
-        found = cell_nats(planned.final(), answer.target.repeat(count, 1, 1))
-        nats.index_add_(1, owners[batch], found.view(count, -1))
-    return nats / torch.bincount(owners, minlength=len(contexts)).clamp(min=1)
+    nats = demonstrations.nats(moves)
+    sampled = slice(2, 2 + samples)
+    steps = policy_gradient_steps(moves[sampled], -nats[sampled])
+    moves, nats = torch.cat((moves, steps)), torch.cat((nats, demonstrations.nats(steps)))
+    return moves[nats.argmin(0), torch.arange(moves.shape[1], device=moves.device)]
+
+
+def policy_gradient_steps(moves: Tensor, rewards: Tensor) -> Tensor:
+    """Return steps [len(STEP_LENGTHS), B, Dp] along the score-function estimate of the rewards' gradient.
+
+    Shapes:  moves [G, B, Dp] samples, rewards [G, B]
+    A step's length is a multiple of the samples' mean distance from their mean; 0 where all rewards are equal.
+    Source: Williams 1992 (REINFORCE) for a Gaussian's mean, with the leave-one-out baseline of `policy_refined`.
+    """
+    advantage = leave_one_out_advantage(rewards, torch.zeros_like(rewards[0]))
+    spread = moves - moves.mean(0)
+    direction = F.normalize((advantage[..., None] * spread).sum(0), dim=-1)
+    length = spread.norm(dim=-1).mean(0)[:, None]
+    return torch.stack([factor * length * direction for factor in STEP_LENGTHS])
+
+
+class Demonstrations:
+    """The demonstrations of B contexts, each read once, to be predicted from the others under many prompts."""
+
+    def __init__(self, system: ARCSystem, contexts: Sequence[Context]):
+        self.agent = system.agent
+        items, owner = leave_one_out(contexts)
+        self.owners = torch.tensor(owner, dtype=torch.int64, device=system.device)
+        self.count = torch.bincount(self.owners, minlength=len(contexts)).clamp(min=1)
+        self.parts: list[tuple[Tensor, Reading, Tensor, Tensor]] = []  # prompts, reading, target, whose
+        for batch in evaluation_batches(items, system.config.data.batch_cells):
+            query, answer = collate([items[i][0] for i in batch], [items[i][1] for i in batch])
+            query, answer = query.to(system.device), answer.to(system.device)
+            scene = system.observe(query)
+            reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1], answer.shapes)
+            self.parts.append((scene.embedding, reading, answer.target, self.owners[batch]))
+
+    def nats(self, moves: Tensor) -> Tensor:
+        """Return [M, B] nats per cell under prompts moved by `moves` [M, B, Dp]; all demonstrations weigh alike.
+
+        0 for a context with a single demonstration.
+        """
+        count, total = len(moves), torch.zeros(moves.shape[:2], device=moves.device)
+        for embedding, reading, target, owners in self.parts:
+            planned = self.agent.plan(reading.repeat(count), (embedding + moves[:, owners]).flatten(0, 1))
+            nats = cell_nats(planned.final(), target.repeat(count, 1, 1))
+            total.index_add_(1, owners, nats.view(count, -1))
+        return total / self.count
 
 
 def has_cells(grid: Tensor) -> Tensor:

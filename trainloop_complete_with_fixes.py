@@ -588,7 +588,7 @@ def prior_requests(run: Run) -> Iterator[tuple[Context, tuple[int, int] | None]]
     for context, answer in run.items:
         yield context, None
         yield context, answer.shape
-    if run.config.evaluation.refine in ("search", "random"):
+    if run.config.evaluation.refine in ("search", "isotropic", "random"):
         for context, answer in leave_one_out([context for context, _ in run.items])[0]:
             yield context, answer.shape
 

@@ -85,7 +85,8 @@ ARMS = {
     "memory random": Arm("--memory-recall random", "random entries are recalled", group="memory"),
     "refine none": Arm("--refine none", "predict with the prompt as written", True, "RL"),
     "refine mean": Arm("--refine mean", "predict with the policy's mean move", True, "RL"),
-    "refine random": Arm("--refine random", "search among random moves of the same lengths", True, "RL"),
+    "refine random": Arm("--refine random", "predict with random moves as long as the ones found", True, "RL"),
+    "refine isotropic": Arm("--refine isotropic", "the same search from random directions", True, "RL"),
     "predict without memory": Arm("--memory-similarity 1", "recall nothing at prediction", True, "memory"),
     "predict with random memory": Arm(
         "--memory-recall random", "recall random entries at prediction", True, "memory"

@@ -18,15 +18,18 @@ from arc_system import ARCSystem, build_optimizers, choose_runtime
 from config import TrainConfig, resolve, with_values
 from demo_prior import Preference
 from evaluate import (
+    Demonstrations,
     Prediction,
     Tally,
     baselines,
     candidate_moves,
-    demonstration_nats,
     judge,
     judge_habits,
     paired_interval,
+    policy_gradient_steps,
     predict,
+    refine_prompts,
+    search,
     two_attempts,
     validate,
     with_interval,
@@ -533,7 +536,7 @@ def test_demonstration_nats_equal_predictions_one_by_one(items):
     with torch.no_grad():
         scene = system.observe(query)
         moves = candidate_moves(system, scene, samples=2)
-        found = demonstration_nats(system, contexts, moves)
+        found = Demonstrations(system, contexts).nats(moves)
         for b, context in enumerate(contexts):
             for m in range(len(moves)):
                 nats = []
@@ -555,11 +558,60 @@ def test_search_takes_the_move_under_which_the_demonstrations_are_likeliest(item
     query, _ = collate(contexts)
     prediction = predict(system, query, RUNTIME)
     with torch.no_grad():
-        moves = candidate_moves(system, prediction.scene, samples=4)
-        best = demonstration_nats(system, contexts, moves).argmin(0)
+        moves, shown = candidate_moves(system, prediction.scene, samples=4), Demonstrations(system, contexts)
+        moves = torch.cat((moves, policy_gradient_steps(moves[2:6], -shown.nats(moves[2:6]))))
+        best = shown.nats(moves).argmin(0)
     expected = prediction.scene.embedding + moves[best, torch.arange(len(contexts))]
     assert torch.equal(prediction.embedding, expected)
     assert (best > 0).any()
+
+
+@pytest.mark.parametrize("kind", ["none", "mean", "search", "isotropic", "random"])
+def test_refine_setting_decides_the_prompt(items, kind):
+    system = searching(items, agent__answer_confidence=NEVER)
+    query, _ = collate([context for context, _ in items[:6]])
+    nobody = torch.zeros(6, dtype=torch.bool)
+    with torch.no_grad():
+        scene = system.observe(query)
+        found = refine_prompts(system, query, scene, nobody) - scene.embedding
+        system.config = with_values(system.config, {"evaluation.refine": kind})
+        moved = refine_prompts(system, query, scene, nobody) - scene.embedding
+        candidates = candidate_moves(system, scene, samples=4)
+    expected = {"none": torch.zeros_like(found), "mean": candidates[1], "search": found}
+    if kind in expected:
+        torch.testing.assert_close(moved, expected[kind], atol=1e-5, rtol=0)
+        return
+    assert (moved != 0).any() and not torch.allclose(moved, found)
+    if kind == "random":
+        torch.testing.assert_close(moved.norm(dim=1), found.norm(dim=1), atol=1e-4, rtol=1e-4)
+
+
+def test_policy_gradient_points_where_the_rewards_rise():
+    generator = torch.Generator().manual_seed(0)
+    moves, slope = torch.randn(4000, 3, 5, generator=generator), torch.tensor([1.0, -2.0, 0.0, 0.5, 0.0])
+    rewards = moves @ slope
+    rewards[:, 2] = 7.0  # all equal: no direction
+    steps = policy_gradient_steps(moves, rewards)
+    assert (steps[:, 2] == 0).all()
+    cosine = F.cosine_similarity(steps[:, :2], slope.expand(len(steps), 2, -1), dim=-1)
+    assert (cosine > 0.99).all()
+    length = (moves - moves.mean(0)).norm(dim=-1).mean(0)[:2]
+    torch.testing.assert_close(steps[:, :2].norm(dim=-1), torch.stack([length, 2 * length, 4 * length]))
+    shifted = policy_gradient_steps(moves + 3.0, rewards - 100.0)
+    torch.testing.assert_close(shifted, steps, atol=1e-2, rtol=0)
+
+
+def test_search_finds_what_no_candidate_reaches():
+    goal = torch.tensor([[3.0, -4.0, 0.0, 0.0]])
+
+    class Bowl:
+        def nats(self, moves):
+            return (moves - goal).square().sum(-1)
+
+    samples = torch.randn(16, 1, 4, generator=torch.Generator().manual_seed(1))
+    moves = torch.cat((torch.zeros(2, 1, 4), samples))
+    found = search(Bowl(), moves, 16)
+    assert float(Bowl().nats(found)) < 0.7 * float(Bowl().nats(moves).min())
 
 
 def test_search_tries_none_the_mean_samples_and_memories(items):
