@@ -687,13 +687,14 @@ def test_system_names_its_parts_once():
 # Judging refinements -------------------------------------------------------------------------------------------------
 
 
-def score(system, samples=4, seed=0):
-    """Return (terms, reward, gain) of refinements of one batch, and what they were judged on."""
+def score(system, samples=4, seed=0, reach=1.0):
+    """Return (terms, reward, gain) of refinements of one batch, and what they were judged on; reach 0: all no-ops."""
     query, answer = make_batch()
     with torch.no_grad():
         scene = system.observe(query)
         reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1], answer.shapes)
         proposal = system.policy.propose(scene.prompt, scene.features, samples, torch.Generator().manual_seed(seed))
+        proposal = dataclasses.replace(proposal, action=reach * proposal.action)
         refined = system.policy.refine(scene.embedding, proposal, 0)
         target = torch.where(answer.mask, answer.target, PAD)
         trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
@@ -713,6 +714,17 @@ def test_reward_of_the_trained_refinement_is_the_change_of_its_potential():
     torch.testing.assert_close(reward, rated[0] - rated[1])
     torch.testing.assert_close(gain, rated[1] - rated[2])
     assert reward.abs().max() > 0 and terms.advantage.shape == (4, 3)
+
+
+def test_refinement_that_does_nothing_earns_exactly_nothing():
+    system = make_system(noise=0.3, policy__action_scale=30.0, reward__reward_dense=0.0).train()
+    system.prompt_model.language_model.config.attention_dropout = 0.5
+    for layer in system.prompt_model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    (terms, reward, _), (_, _, scene, refined, _) = score(system, reach=0.0)
+    assert torch.equal(refined, scene.embedding)
+    assert torch.equal(reward, torch.zeros(3)) and torch.equal(terms.advantage, torch.zeros(4, 3))
+    assert score(system)[0][1].abs().max() > 0
 
 
 def test_reverse_component_counts_the_backward_planners_way_to_the_input():

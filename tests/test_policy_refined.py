@@ -144,6 +144,18 @@ def test_refine_passes_the_gradient_to_the_prompt_unchanged_and_to_the_basis_but
     assert all(p.grad is None for p in agent.policy_parameters())
 
 
+def test_refine_cuts_the_graph_of_an_action_that_has_one():
+    agent = make()
+    prompt, proposal = propose(agent)
+    mean, log_std, _ = agent.augmentor(proposal.state)
+    attached = dataclasses.replace(proposal, action=mean + log_std.exp() * torch.randn(4, 5, 5))
+    embedding = prompt.embedding.clone().requires_grad_()
+    agent.refine(embedding, attached).sum().backward()
+    assert torch.equal(embedding.grad, torch.full_like(embedding, 4.0)) and agent.basis.grad is not None
+    assert all(p.grad is None for p in agent.policy_parameters())
+    assert not agent.gate(attached).requires_grad
+
+
 def test_refine_keeps_the_type_of_a_half_precision_prompt():
     agent = make()
     prompt, proposal = propose(agent)

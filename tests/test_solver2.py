@@ -471,14 +471,15 @@ def test_extended_preference_equals_the_mixture_cell_by_cell():
 # Z-learning
 
 
-def test_z_goes_to_the_exponential_of_a_constant_reward_and_unvisited_entries_stay_one():
-    table = ZTable(3)
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_z_goes_to_the_exponential_of_a_constant_reward_and_unvisited_entries_stay_one(temperature):
+    table = ZTable(3, temperature=temperature)
     c_in, target = torch.full((1, 2, 2), 4), torch.full((1, 2, 2), 7)
     mask, permutation = torch.ones(1, 2, 2, dtype=torch.bool), torch.arange(10)[None]
     for _ in range(200):
         table.update(torch.tensor([2]), c_in, torch.full((1, 2, 2), 5), target, mask, permutation)
-    assert table.z[2, 4, 7].item() == pytest.approx(math.e, abs=1e-4)
-    assert table.z[2, 4, 5].item() == pytest.approx(1 / math.e, abs=1e-4)
+    assert table.z[2, 4, 7].item() == pytest.approx(math.exp(1 / temperature), abs=1e-4)
+    assert table.z[2, 4, 5].item() == pytest.approx(math.exp(-1 / temperature), abs=1e-4)
     table.z[2, 4, 7] = table.z[2, 4, 5] = 1.0
     assert (table.z == 1).all()
 
