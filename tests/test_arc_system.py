@@ -703,7 +703,9 @@ def score(system, samples=4, seed=0, reach=1.0):
 
 
 def test_reward_of_the_trained_refinement_is_the_change_of_its_potential():
-    system = make_system(noise=0.3, policy__action_scale=30.0, reward__reward_dense=0.0)
+    system = make_system(noise=0.3, policy__action_scale=30.0, reward__reward_dense=0.0, agent__kappa=0.1)
+    with torch.no_grad():
+        system.memory_reader.delta_gate.fill_(50.0)  # so that what the memory adds changes the plan too
     (terms, reward, gain), (query, answer, scene, _, trajectory) = score(system)
     with torch.no_grad():
         reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1])
@@ -713,7 +715,7 @@ def test_reward_of_the_trained_refinement_is_the_change_of_its_potential():
              for t in (trajectory, before, without)]  # fmt: skip
     torch.testing.assert_close(reward, rated[0] - rated[1])
     torch.testing.assert_close(gain, rated[1] - rated[2])
-    assert reward.abs().max() > 0 and terms.advantage.shape == (4, 3)
+    assert reward.abs().max() > 0 and gain.abs().max() > 0 and terms.advantage.shape == (4, 3)
 
 
 def test_refinement_that_does_nothing_earns_exactly_nothing():
@@ -725,6 +727,18 @@ def test_refinement_that_does_nothing_earns_exactly_nothing():
     assert torch.equal(refined, scene.embedding)
     assert torch.equal(reward, torch.zeros(3)) and torch.equal(terms.advantage, torch.zeros(4, 3))
     assert score(system)[0][1].abs().max() > 0
+
+
+def test_agreement_is_that_of_the_backward_plans_last_belief_inside_the_input():
+    query, _ = make_batch(growth=2)
+    side = query.input.shape[-1] + 3
+    found = on_canvas(query.input, side).clamp(min=0)
+    found[1, 0, 0] = (found[1, 0, 0] + 1) % 10  # one of ten cells is wrong
+    other = (found + 5) % 10
+    for t, expected in ((0, [1.0, 0.9, 1.0]), (1, [0.0] * 3), (2, [0.0] * 3)):
+        plan = torch.stack([found if k == t else other for k in range(3)], 1)  # b_0, which meets the input, comes first
+        agreement = arc_system.agreement_with_input(query, nn.functional.one_hot(plan, 10).float())
+        assert agreement.tolist() == pytest.approx(expected)
 
 
 def test_reverse_component_counts_the_backward_planners_way_to_the_input():

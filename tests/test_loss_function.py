@@ -967,6 +967,10 @@ def test_gradients_equal_finite_differences():
                                           weights), f)
     assert check(lambda x: lf.z_anchor(x, log_c, z, mask), pref)
     assert check(lf.step_cost, c)
+    assert check(lambda x: lf.halt_loss(x, torch.tensor([[False, True], [False, False]])), c)
+    assert check(lambda x: lf.expected_accuracy(lf.target_log_prob(lf.log_belief(x, mask), b.target, mask), mask), f)
+    assert check(lambda x: lf.reverse_loss(x[:, 0], b.input, b.input >= 0), bw)
+    assert check(lambda x: lf.prompt_cosine(x, x.flip(0) + 1), features)
     assert check(lambda x: lf.size_loss(x, x.flip(0), b.target_size), rows)
     assert check(lambda x: lf.prompt_consistency(x, x.flip(0) + 1, torch.tensor([1, 2]), valid, queue,
                                                  torch.tensor([[True, False], [True, True]])), features)

@@ -71,6 +71,26 @@ def test_advantage_is_the_reward_minus_the_mean_of_the_others(rewards, shift):
     assert torch.allclose(leave_one_out_advantage(column + shift, torch.zeros(1))[:, 0], got, atol=1e-5)
 
 
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(st.integers(1, 5), st.integers(1, 4), st.sampled_from([NAN, float("inf"), -float("inf")]), st.floats(0, 1),
+       st.integers(0, 999))  # fmt: skip
+def test_advantage_equals_loops_whatever_is_scorable(groups, batch, unscorable, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rewards, value = torch.rand(groups, batch, generator=generator), torch.rand(batch, generator=generator)
+    rewards = (4 * rewards).round() / 4  # ties happen
+    rewards[torch.rand(groups, batch, generator=generator) < share] = unscorable
+    got = leave_one_out_advantage(rewards, value)
+    for b in range(batch):
+        known = [g for g in range(groups) if rewards[g, b].isfinite()]
+        for g in range(groups):
+            others = [float(rewards[k, b]) for k in known if k != g]
+            baseline = sum(others) / len(others) if others else float(value[b])
+            expected = float(rewards[g, b]) - baseline if g in known else 0.0
+            assert float(got[g, b]) == pytest.approx(expected, abs=1e-6)
+        if len({float(rewards[g, b]) for g in known}) == 1 < len(known):
+            assert torch.equal(got[:, b], torch.zeros(groups))
+
+
 @pytest.mark.parametrize("constant", [0.0, 0.3, -1 / 3, 1e-4])
 def test_equal_rewards_have_advantage_exactly_0(constant):
     got = leave_one_out_advantage(torch.full((7, 3), constant), torch.ones(3))

@@ -8,6 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from config import MemoryConfig
 from solver2 import Candidates, EmaThreshold, MemoryBuffer, MemoryReader, ZTable, z_update
@@ -68,6 +70,22 @@ def test_threshold_batch_leaves_the_state_of_one_by_one_and_decides_with_the_old
         assert (accepted == (chunk >= before)).all()
         for score in chunk:
             one.admit(float(score), False)
+    assert batched.state_dict() == pytest.approx(one.state_dict(), abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.one_of(st.floats(0, 1), st.sampled_from([math.nan, math.inf])), st.booleans()),
+                min_size=1, max_size=120), st.integers(1, 40))  # fmt: skip
+def test_threshold_is_the_same_for_every_cut_into_batches_and_stays_in_its_bounds(scored, size):
+    one, batched, config = EmaThreshold(MemoryConfig()), EmaThreshold(MemoryConfig()), MemoryConfig()
+    for start in range(0, len(scored), size):
+        score, exact = (np.array(x) for x in zip(*scored[start:start + size], strict=True))
+        theta = batched.theta
+        accepted = batched.admit_batch(score, exact)
+        assert (accepted == np.isfinite(score) & (exact | (np.nan_to_num(score) >= theta))).all()
+        for x in score:
+            one.admit(float(x), False)
+        assert config.threshold_low <= batched.theta <= config.threshold_high
     assert batched.state_dict() == pytest.approx(one.state_dict(), abs=1e-12)
 
 
