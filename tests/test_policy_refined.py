@@ -311,6 +311,22 @@ def test_non_finite_gradient_skips_the_step_and_changes_nothing():
     assert all(p.grad is None for p in agent.parameters())
 
 
+def test_update_returns_the_whole_norm_and_clips_policy_and_curiosity_apart():
+    agent = make()
+    prompt, proposal = propose(agent)
+    terms = agent.losses(proposal, torch.rand(4, 5), 0.1, toy_next_state(agent, prompt, proposal))
+    terms = dataclasses.replace(terms, total=1000 * terms.total)
+    grads = torch.autograd.grad(terms.total, agent.policy_parameters(), retain_graph=True)
+    before = snapshot(agent.augmentor)
+    norm = agent.update(torch.optim.SGD(agent.policy_parameters(), lr=1e-2), terms)
+    torch.testing.assert_close(norm, torch.stack([g.norm() for g in grads]).norm())
+    assert norm > 100
+    moved = {name: p.detach() - before[name] for name, p in agent.augmentor.named_parameters()}
+    for is_curious in (False, True):
+        steps = [step.norm() for name, step in moved.items() if name.startswith("curiosity.") == is_curious]
+        assert float(torch.stack(steps).norm()) == pytest.approx(1e-2, rel=1e-3)
+
+
 def test_losses_are_pure_until_update_commits_the_running_averages():
     agent = make()
     prompt, proposal = propose(agent)
@@ -335,6 +351,13 @@ def test_ties_do_not_shrink_the_scale_of_advantages():
         assert terms.tied == 1 and terms.policy == 0
         agent.update(optimizer, terms)
     assert torch.equal(agent.advantage_scale.averages, scale)
+
+
+def test_tied_counts_the_groups_of_two_or_more_equal_rewards():
+    agent = make()
+    _, proposal = propose(agent, num_samples=2, batch=4)
+    rewards = torch.tensor([[0.5, 0.5, 0.5, NAN], [0.5, 0.25, NAN, NAN]])  # tied, not tied, alone, unscorable
+    assert agent.losses(proposal, rewards).tied == 0.5
 
 
 def test_update_keeps_the_spread_of_actions_in_range():
@@ -376,12 +399,14 @@ def test_training_the_curiosity_module_does_not_disturb_the_policy():
 
 def test_losses_are_single_precision_under_autocast():
     agent = make()
+    nn.init.normal_(agent.augmentor.mean_head.weight)
     prompt, proposal = propose(agent)
     rewards, after = torch.rand(4, 5), toy_next_state(agent, prompt, proposal)
     expected = agent.losses(proposal, rewards, 0.1, after)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = agent.losses(proposal, rewards, 0.1, after)
         refined = agent.refine(prompt.embedding, proposal)
+        assert torch.equal(propose(agent)[1].action, proposal.action)
     assert got.total.dtype == refined.dtype == torch.float32
     assert torch.equal(got.total, expected.total)
     assert torch.equal(refined, agent.refine(prompt.embedding, proposal))

@@ -182,6 +182,23 @@ def test_recall_equals_brute_force_over_all_entries():
     assert (recall.weights[:, :-1][~recall.valid] == 0).all()
 
 
+def test_features_are_standardised_by_all_that_were_offered():
+    memory, offered = make_memory(), []
+    for batch, count in enumerate((3, 1, 20, 7)):
+        candidates = make_candidates([f"t{batch}.{i}" for i in range(count)], score=0.0, seed=batch)
+        candidates.features.mul_(batch + 1.0).add_(3.0)
+        if count > 5:
+            candidates.features[2, 1] = math.nan
+        offered.append(candidates.features)
+        memory.admit(candidates)
+    rows = torch.cat(offered).double()
+    rows = rows[rows.isfinite().all(1)].numpy()
+    state = memory.state_dict()
+    assert len(memory) == 0 and state["seen"] == len(rows) == 29
+    np.testing.assert_allclose(state["mean"], rows.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(np.sqrt(state["squares"] / state["seen"]), rows.std(0), rtol=1e-9)
+
+
 def test_recall_payload_belongs_to_the_recalled_entry():
     memory, stored = make_memory(), make_candidates([f"t{i}" for i in range(20)], seed=3)
     memory.admit(stored)
@@ -288,6 +305,24 @@ def test_gain_protects_an_entry_from_eviction():
     assert {state["names"]["task"][int(i)] for i in state["rows"]["task"]} == {"low", "new"}
 
 
+def test_utility_weighs_score_gain_and_age_and_a_poor_candidate_does_not_enter():
+    memory = make_memory(memory_capacity=2)
+    memory.admit(make_candidates(["helpful", "good"], score=[0.3, 0.6], exact=True))
+    for _ in range(60):
+        memory.update_gain(torch.tensor([[0]]), torch.tensor([0.05]), torch.tensor([[1.0]]))
+    # With a gain of .05 "helpful" is worth .3 + .5 tanh(1) + .1 = .78, "good" .6 + .1.
+    assert memory.admit(make_candidates(["poor"], score=0.55, exact=True)) == 0 and memory.statistics()["evicted"] == 0
+    assert memory.admit(make_candidates(["new"], score=0.65, exact=True)) == 1 and memory.statistics()["evicted"] == 1
+    state = memory.state_dict()
+    assert {state["names"]["task"][int(i)] for i in state["rows"]["task"]} == {"helpful", "new"}
+
+
+def test_empty_memory_has_nothing_to_refresh_or_remove():
+    memory = make_memory()
+    assert memory.refresh(["a"], ["train:0"], torch.ones(1, PROMPT)) == 0
+    assert memory.reevaluate(["a"], ["train:0"], torch.ones(1)) == 0
+
+
 def test_update_gain_is_an_average_weighted_by_attention_and_skips_entries_that_left():
     memory = make_memory()
     memory.admit(make_candidates(["a", "b", "c"]))
@@ -328,6 +363,7 @@ def test_at_most_two_entries_per_task_and_the_better_ones():
     for i, score in enumerate([0.5, 0.3, 0.7, 0.4, 0.9]):
         memory.admit(make_candidates(["a"], pairs=[f"train:{i}"], score=score, seed=i))
     assert sorted(memory.state_dict()["rows"]["score"].tolist()) == pytest.approx([0.7, 0.9])
+    assert memory.statistics()["evicted"] == 2
 
 
 def test_score_around_the_threshold_is_admitted_once_and_never_evicted():
@@ -446,6 +482,23 @@ def test_untrained_reader_leaves_the_prompt_and_nearly_the_preference():
         grid = torch.zeros(1, 2, 2, dtype=torch.long)
         mixed = reader.extend_preference(log_prob, found, torch.arange(10)[None], grid)
         assert (mixed.exp() - log_prob.exp()).abs().max() <= torch.sigmoid(torch.tensor(-4.0)) + 1e-6
+
+
+def test_extended_prompt_equals_the_gated_means_written_out():
+    torch.manual_seed(4)
+    memory = make_memory(memory_similarity=-1.0)
+    memory.admit(make_candidates([f"t{i}" for i in range(4)], seed=1))
+    query, reader = make_candidates(["x", "y"], seed=2), MemoryReader(memory.config, PROMPT)
+    torch.nn.init.normal_(reader.token_gate)
+    torch.nn.init.constant_(reader.delta_gate, 0.7)
+    recall = memory.recall(query.features, query.prompt, query.task_ids)
+    extended = reader.extend_prompt(query.prompt, recall)
+    for b in range(2):
+        weights = recall.weights[b].tolist()
+        move, token = weights[-1] * reader.null_delta, weights[-1] * reader.null_prompt
+        for j, weight in enumerate(weights[:-1]):
+            move, token = move + weight * recall.deltas[b, j], token + weight * recall.prompts[b, j]
+        torch.testing.assert_close(extended[b], query.prompt[b] + 0.7 * move + reader.token_gate * token)
 
 
 def test_no_recall_equals_the_recall_of_an_empty_memory():
