@@ -315,6 +315,10 @@ def test_utility_weighs_score_gain_and_age_and_a_poor_candidate_does_not_enter()
     assert memory.admit(make_candidates(["new"], score=0.65, exact=True)) == 1 and memory.statistics()["evicted"] == 1
     state = memory.state_dict()
     assert {state["names"]["task"][int(i)] for i in state["rows"]["task"]} == {"helpful", "new"}
+    for name, score in (("newer", 0.85), ("newest", 0.9)):  # the second finds "helpful" below the .95 of the first
+        assert memory.admit(make_candidates([name], score=score, exact=True)) == 1
+    state = memory.state_dict()
+    assert {state["names"]["task"][int(i)] for i in state["rows"]["task"]} == {"newer", "newest"}
 
 
 def test_empty_memory_has_nothing_to_refresh_or_remove():
