@@ -709,8 +709,8 @@ def test_system_names_its_parts_once():
 # Judging refinements -------------------------------------------------------------------------------------------------
 
 
-def score(system, samples=4, seed=0, trained=None):
-    """Return the judgement of refinements of one batch, and what they were judged on.
+def score(system, samples=4, seed=0, trained=None, reach=1.0):
+    """Return the judgement of refinements of one batch, and what they were judged on; reach 0: all no-ops.
 
     The refinement that is trained on is member 0, or the move `trained` [B, Dp].
     """
@@ -719,6 +719,7 @@ def score(system, samples=4, seed=0, trained=None):
         scene = system.observe(query)
         reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1], answer.shapes)
         proposal = system.policy.propose(scene.prompt, scene.features, samples, torch.Generator().manual_seed(seed))
+        proposal = dataclasses.replace(proposal, action=reach * proposal.action)
         refined = system.policy.refine(scene.embedding, proposal, 0) if trained is None else scene.embedding + trained
         target = torch.where(answer.mask, answer.target, PAD)
         trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
@@ -727,7 +728,9 @@ def score(system, samples=4, seed=0, trained=None):
 
 
 def test_reward_of_the_trained_refinement_is_the_change_of_its_potential():
-    system = make_system(noise=0.3, policy__action_scale=30.0, reward__reward_dense=0.0)
+    system = make_system(noise=0.3, policy__action_scale=30.0, reward__reward_dense=0.0, agent__kappa=0.1)
+    with torch.no_grad():
+        system.memory_reader.delta_gate.fill_(50.0)  # so that what the memory adds changes the plan too
     (terms, reward, gain, _), (query, answer, scene, _, trajectory) = score(system)
     with torch.no_grad():
         reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1])
@@ -737,7 +740,30 @@ def test_reward_of_the_trained_refinement_is_the_change_of_its_potential():
              for t in (trajectory, before, without)]  # fmt: skip
     torch.testing.assert_close(reward, rated[0] - rated[1])
     torch.testing.assert_close(gain, rated[1] - rated[2])
-    assert reward.abs().max() > 0 and terms.advantage.shape == (4, 3)
+    assert reward.abs().max() > 0 and gain.abs().max() > 0 and terms.advantage.shape == (4, 3)
+
+
+def test_refinement_that_does_nothing_earns_exactly_nothing():
+    system = make_system(noise=0.3, policy__action_scale=30.0, reward__reward_dense=0.0).train()
+    system.prompt_model.language_model.config.attention_dropout = 0.5
+    for layer in system.prompt_model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    (terms, reward, *_), (_, _, scene, refined, _) = score(system, reach=0.0)
+    assert torch.equal(refined, scene.embedding)
+    assert torch.equal(reward, torch.zeros(3)) and torch.equal(terms.advantage, torch.zeros(4, 3))
+    assert score(system)[0][1].abs().max() > 0
+
+
+def test_agreement_is_that_of_the_backward_plans_last_belief_inside_the_input():
+    query, _ = make_batch(growth=2)
+    side = query.input.shape[-1] + 3
+    found = on_canvas(query.input, side).clamp(min=0)
+    found[1, 0, 0] = (found[1, 0, 0] + 1) % 10  # one of ten cells is wrong
+    other = (found + 5) % 10
+    for t, expected in ((0, [1.0, 0.9, 1.0]), (1, [0.0] * 3), (2, [0.0] * 3)):
+        plan = torch.stack([found if k == t else other for k in range(3)], 1)  # b_0, which meets the input, comes first
+        agreement = arc_system.agreement_with_input(query, nn.functional.one_hot(plan, 10).float())
+        assert agreement.tolist() == pytest.approx(expected)
 
 
 def test_move_that_is_remembered_is_the_best_of_the_refinements_or_none():

@@ -354,6 +354,46 @@ def test_fix7_nonfinite_step_is_skipped_and_parameters_stay_finite(build, drive,
     assert json.loads(Path("runs/diverging/run.json").read_text())["status"] == "failed"
 
 
+def test_loss_scaler_backs_off_at_an_infinite_gradient_and_nothing_else_changes(build, make_lab):
+    plain, scaled = make_lab(), make_lab()
+    scaled.runtime = dataclasses.replace(scaled.runtime, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    for lab in (plain, scaled):
+        lab.step(0)
+    assert scaled.updates[0].taken and scaled.updates[0].norm == pytest.approx(plain.updates[0].norm, rel=1e-5)
+    for (name, p), q in zip(plain.system.named_parameters(), scaled.system.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4, msg=name)
+
+    run = build("--rl-every", "1", "--batch-size", "3")
+    run.runtime = dataclasses.replace(run.runtime, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    one_batch(run)
+    before = everything(run)
+    assert run.runtime.scaler.get_scale() == 1024 and before["memory"]["threshold"]["count"] == 3
+    hook = run.system.agent.step_embed.weight.register_hook(lambda g: g * math.inf)
+    one_batch(run)
+    hook.remove()
+    assert run.runtime.scaler.get_scale() == 512 and run.state.bad_steps == 1
+    assert differences(before, everything(run)) == []
+    one_batch(run)
+    assert run.runtime.scaler.get_scale() == 512 and run.state.bad_steps == 0
+    assert {place.split("/")[1] for place in differences(before, everything(run))} == before.keys()
+
+
+def test_loss_and_policy_train_disjoint_parameters(make_lab):
+    lab = make_lab("--batch-size", "8", "--lambda-prompt", "0")
+    query, answer = lab.batch(0)
+    result = driver.train_step(lab.system, query, answer, driver.Moment(0, 4.0, True))
+    trainable = [(name, p) for name, p in lab.system.named_parameters() if p.requires_grad]
+
+    def reached(loss: Tensor) -> set[str]:
+        found = torch.autograd.grad(loss, [p for _, p in trainable], retain_graph=True, allow_unused=True)
+        return {name for (name, _), gradient in zip(trainable, found, strict=True) if gradient is not None}
+
+    policy = lab.system.policy_names()
+    assert reached(result.policy.total) == policy
+    assert not reached(result.total) & policy
+    assert reached(result.total) >= {name for name, _ in lab.system.language_parameters()} | {"policy.basis"}
+
+
 # 2. Everything learns, and listens to its prompt ---------------------------------------------------------------------
 
 
@@ -418,6 +458,28 @@ def test_system_trains_without_the_prior(make_lab):
     planned = evaluate.predict(lab.system, query, lab.runtime)
     lab.system.prior.preferences = lambda query, sizes, side: torch.full((len(query), side, side, 10), -2.3)
     assert torch.equal(evaluate.predict(lab.system, query, lab.runtime).grid, planned.grid)
+
+
+def test_one_step_lowers_the_loss_of_a_task_and_two_hundred_answer_it_exactly(make_lab, tasks):
+    lab = make_lab("--kappa", "0", "--answer-confidence", "2", "--no-use-memory", "--augment", "none",
+                   "--size-warmup", "0", "--lr", "1e-2", "--muon-lr", "1e-2")  # fmt: skip
+    lab.sampler = TaskSampler(tasks[:1], lab.config.data, 0, lab.config.data.batch_cells)
+    query, answer = lab.batch(0)
+    assert lab.sampler.num_batches(0) == 1
+
+    def solves() -> bool:
+        lab.system.eval()
+        prediction = evaluate.predict(lab.system, query, lab.runtime)
+        lab.system.train()
+        sizes, target = prediction.sizes, answer.target
+        return bool(evaluate.exact_match(prediction.grid, sizes, target, answer.target_size).all())
+
+    losses, steps = [], 0
+    while steps < 200 and not (steps % 10 == 0 and solves()):
+        losses.append(float(lab.step(0, progress=4.0, rewarded=False).terms.per_sample_cross_entropy.mean()))
+        steps += 1
+    assert losses[1] < losses[0]
+    assert 0 < steps < 200 or solves()
 
 
 # 3. Nothing leaks ----------------------------------------------------------------------------------------------------

@@ -276,6 +276,29 @@ def test_best_weights_name_no_place_and_no_run(reference, task_folder):
     assert "demo" not in text and '"out"' not in text
 
 
+def test_best_weights_are_those_of_the_best_validation_whatever_the_training_says(build):
+    run, kept = build(), -1
+    name, shadow = run.average.live[0][0], run.average.shadow[0]
+    story = [  # exact, cells, loss and share of wrong cells in training, whether these weights are the best so far
+        (3, 0.7, 2.0, 0.5, True),
+        (2, 0.9, 0.1, 0.0, False),  # training has never been better
+        (3, 0.7, 1.0, 0.2, False),  # as good as before: the earlier ones stay
+        (3, 0.8, 9.0, 0.9, True),
+        (4, 0.1, 99.0, 1.0, True),  # nor ever worse
+        (0, 1.0, 0.0, 0.0, False),
+    ]
+    for epoch, (exact, cells, loss, wrong, is_best) in enumerate(story):
+        run.state.epoch = epoch
+        run.state.epoch_sums = {key: torch.tensor(x) for key, x in (("count", 1.0), ("loss", loss), ("mask", wrong))}
+        with torch.no_grad():
+            shadow.fill_(epoch)
+        driver.keep_best(run, {"outputs": 8, "exact": exact, "cells_predicted": cells, "accuracy_delta": 0.0})
+        kept = epoch if is_best else kept
+        weights, _ = load_best_weights(run.folder.best)
+        assert (weights[name] == kept).all() and run.state.best["epoch"] == kept, epoch
+    run.close()
+
+
 # 4. Limits -----------------------------------------------------------------------------------------------------------
 
 

@@ -145,6 +145,8 @@ def test_log_std_stays_in_range_and_comes_back_from_its_edge():
     with torch.no_grad():
         augmentor.log_std.copy_(torch.linspace(-9, 3, K + 1))
     assert augmentor(torch.zeros(1, STATE))[1].min() == LOG_STD_LOW
+    kept = augmentor.log_std.detach().clamp(LOG_STD_LOW, LOG_STD_HIGH)
+    torch.testing.assert_close(augmentor.entropy(), D.Normal(0.0, kept.exp()).entropy().mean())
     augmentor.project_()
     assert augmentor.log_std.min() == LOG_STD_LOW and augmentor.log_std.max() == LOG_STD_HIGH
     grad = gradients(augmentor.entropy(), augmentor)["log_std"]
@@ -184,6 +186,22 @@ def test_curiosity_features_learn_from_the_inverse_model_alone():
     assert not bonus.requires_grad
     assert bonus.min() >= 0 and bonus.max() <= 1
     assert torch.allclose(bonus, (forward / forward.square().mean().sqrt()).clamp(max=1).detach(), atol=1e-5)
+
+
+def test_curiosity_errors_are_those_of_the_inverse_and_of_the_forward_model():
+    torch.manual_seed(1)
+    curiosity = Curiosity(STATE, CHANGE, K + 1)
+    state, action, after = torch.randn(5, STATE), torch.randn(3, 5, K + 1), torch.randn(3, 5, STATE + CHANGE)
+    action.requires_grad_()
+    inverse, forward = curiosity(state, after, action)
+    for g, b in np.ndindex(3, 5):
+        now, then = curiosity.phi(torch.cat([state[b], torch.zeros(CHANGE)])), curiosity.phi(after[g, b])
+        guess = curiosity.inverse(torch.cat([now, then]))
+        torch.testing.assert_close(inverse[g, b], ((guess - action[g, b]) ** 2).sum() / (K + 1))
+        foreseen = curiosity.forecast(torch.cat([now, action[g, b]]))
+        torch.testing.assert_close(forward[g, b], ((foreseen - then) ** 2).sum() / 2)
+    curiosity.loss(inverse, forward).sum().backward()
+    assert action.grad is None
 
 
 def test_curiosity_learns_to_foresee_and_to_tell_actions_apart():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import loss_function as lf
@@ -102,6 +103,87 @@ def brute_force(cell_value, mask, steps):
 
 def peaked(colors, height=8.0):
     return height * F.one_hot(colors, C).float()
+
+
+def kl(log_p, log_q):
+    return (np.exp(log_p) * (log_p - log_q)).sum()
+
+
+def js(log_p, log_q):
+    log_m = np.log((np.exp(log_p) + np.exp(log_q)) / 2)
+    return (kl(log_p, log_m) + kl(log_q, log_m)) / 2
+
+
+def numpy_sample(b, config, i):
+    """Return the terms of one sample, but L_prompt, cell by cell in float64 from the definitions; {} without a cell."""
+    y, grid, steps, is_seed = b.target[i].numpy(), b.input[i].numpy(), b.forward.shape[1], config.mode == "seed"
+    cells, halt = np.argwhere(y >= 0), b.halt_logits[i].detach().double().numpy()
+    if not len(cells):
+        return {}
+    f, back, states, head = (numpy_log_softmax(getattr(b, name)[i].detach().double()) for name in CELL_FIELDS)
+    codes = numpy_log_softmax(b.likelihood_logits.detach().double())
+    log_c, log_z = (getattr(b, name)[i].detach().double().numpy() for name in ("preference", "desirability"))
+
+    def floored(log_p):
+        return np.log(0.95 * np.exp(log_p) + 0.05 / C)
+
+    def mean(value):
+        return np.mean([value(h, w) for h, w in cells])
+
+    def over_time(value, times=range(steps)):
+        total = sum(mean(partial(value, t)) for t in times)
+        return total if is_seed else total / max(len(times), 1)
+
+    right = np.array([[f[t, h, w].argmax() == y[h, w] for h, w in cells] for t in range(steps)])
+    cross_entropy = np.array([[-f[t, h, w, y[h, w]] for h, w in cells] for t in range(steps)])
+    weighted = np.average(cross_entropy, axis=1, weights=np.where(right[-1], 0.1, 1.0))
+    supervision = np.arange(1, steps + 1) / sum(range(1, steps + 1))
+    stop = 1 / (1 + np.exp(-halt))
+    reached = np.cumprod(np.append(1, 1 - stop[:-1]))
+    sides = [(numpy_log_softmax(x[i].detach().double()), int(n))
+             for x, n in zip((b.row_logits, b.col_logits), b.target_size[i], strict=True)]  # fmt: skip
+    misses = [((np.exp(side).cumsum() - (np.arange(1, 31) >= n)) ** 2).sum() for side, n in sides]
+    solved = right.all(1) & all(side.argmax() + 1 == n for side, n in sides)
+    entropy = -(np.exp(codes) * codes).sum(-1)
+    start = [-back[0, h, w, grid[h, w]] for h, w in np.argwhere(grid >= 0)]
+    return {
+        "risk": over_time(lambda t, h, w: kl(f[t, h, w], floored(head[h, w] if is_seed else log_c[h, w]))),
+        "ambiguity": over_time(lambda *at: -(np.exp(f[at]) * f[at]).sum() if is_seed else np.exp(states[at]) @ entropy),
+        "step": 1.0 if is_seed else reached.mean(),
+        "consistency": weighted[-1] if is_seed else 0.5 * weighted[-1] + 0.5 * supervision @ weighted,
+        "bidirectional": over_time(lambda t, h, w: js(f[t, h, w], f[steps - 1 - t, h, w])) if is_seed
+        else over_time(lambda t, h, w: js(f[t - 1, h, w], back[t, h, w]), range(1, steps)),
+        "z_learning": mean(lambda h, w: kl(head[h, w], floored(numpy_log_softmax(log_c[h, w] + log_z[h, w])))),
+        "reward": -b.reward[i].item(),
+        "halt": 0.0 if is_seed else -(np.log(np.where(solved, stop, 1 - stop))).sum(),
+        "reverse": 0.0 if is_seed else np.mean(start),
+        "size": np.mean([-side[n - 1] + 0.05 * miss for (side, n), miss in zip(sides, misses, strict=True)]),
+    }  # fmt: skip
+
+
+def numpy_prompt_term(b, loss, valid):
+    """Return L_prompt with an empty queue: InfoNCE, samples of one task being positives, or the cosine of mode seed."""
+    prompt = b.prompt.detach().double()[valid] @ loss.prompt_projection.weight.detach().double().T
+    if loss.config.mode == "seed":
+        belief = torch.softmax(b.forward.detach().double(), -1)
+        pooled = torch.stack([belief[i][:, b.target[i] >= 0].mean((0, 1)) for i in valid])
+        return (1 - F.cosine_similarity(pooled, prompt)).mean().item()
+    features = b.features.detach().double()[valid] @ loss.feature_projection.weight.detach().double().T
+    similarity = (F.normalize(features, dim=-1) @ F.normalize(prompt, dim=-1).T / 0.1).exp()
+    slots = b.task_slot[valid]
+    same = (slots[:, None] == slots) & (slots > 0) | torch.eye(len(valid), dtype=torch.bool)
+    shares = [(torch.where(same, x, 0).sum(1) / x.sum(1)).log() for x in (similarity, similarity.T)]
+    return (-sum(shares) / 2).mean().item()
+
+
+def numpy_terms(b, loss):
+    """Return the batch mean of every term in float64; 0 where no sample has a cell."""
+    samples = [numpy_sample(b, loss.config, i) for i in range(len(b.target))]
+    valid = [i for i, sample in enumerate(samples) if sample]
+    if not valid:
+        return dict.fromkeys(TERM_NAMES, 0.0)
+    terms = {name: np.mean([samples[i][name] for i in valid]) for name in samples[valid[0]]}
+    return terms | {"prompt": numpy_prompt_term(b, loss, valid)}
 
 
 # 1. Terms against references ----------------------------------------------------------------------------------------
@@ -231,6 +313,24 @@ def test_information_gain_is_zero_when_heads_agree_or_the_outcome_ignores_the_st
     assert lf.info_gain(log_s, same, mask).abs().max() < 1e-6
     heads = torch.log_softmax(torch.randn(2, 2, 4, 4, 1, C), -1).expand(-1, -1, -1, -1, 6, -1)
     assert lf.info_gain(log_s, heads, mask).abs().max() < 1e-6
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(0, 999), st.integers(1, 4), st.sampled_from([0.1, 1.0, 10.0]), st.booleans())
+def test_information_gain_is_the_mutual_information_of_state_and_outcome(seed, codes, scale, is_ensemble):
+    g = torch.Generator().manual_seed(seed)
+    shape = (1, 2, 2, 2, codes, C) if is_ensemble else (codes, C)
+    state, outcome = scale * torch.randn(1, 2, 2, 2, codes, generator=g), scale * torch.randn(shape, generator=g)
+    log_s, log_o, mask = numpy_log_softmax(state), numpy_log_softmax(outcome), torch.rand(1, 2, 2, generator=g) < 0.8
+
+    def mutual_information(*at):
+        likelihood = log_o[at] if is_ensemble else log_o
+        predictive = np.log(np.exp(log_s[at]) @ np.exp(likelihood))
+        return sum(np.exp(log_s[at])[k] * kl(likelihood[k], predictive) for k in range(codes))
+
+    ours = lf.info_gain(lf.log_belief(state, mask), torch.log_softmax(outcome, -1), mask)
+    assert (ours >= 0).all()
+    np.testing.assert_allclose(ours, brute_force(mutual_information, mask.numpy(), 2), atol=1e-5)
 
 
 def test_ambiguity_spans_zero_to_ln_c_and_reaches_states_and_likelihood():
@@ -461,6 +561,21 @@ def test_missing_or_unscorable_reward_counts_as_zero_or_is_left_out():
     assert none.terms["reward"].item() == 0 and x.forward.grad[:, -1].abs().sum() > 0
 
 
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(1, 30), st.integers(1, 30), st.sampled_from([0.0, 1.0, 20.0]), st.integers(0, 999))
+def test_size_loss_equals_float64_numpy_and_a_nearer_miss_costs_less(rows, cols, scale, seed):
+    logits = scale * torch.randn(2, 1, 30, generator=torch.Generator().manual_seed(seed))
+    log_p, reached = numpy_log_softmax(logits[:, 0]), np.arange(1, 31) >= np.array([[rows], [cols]])
+    expected = (-log_p[0, rows - 1] - log_p[1, cols - 1]) / 2
+    expected += 0.05 * ((np.exp(log_p).cumsum(1) - reached) ** 2).sum() / 2
+    size = torch.tensor([[rows, cols]])
+    assert lf.size_loss(logits[0], logits[1], size).item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    near = [lf.size_loss(50.0 * F.one_hot(torch.tensor([n - 1]), 30), logits[1], size).item() for n in range(1, 31)]
+    order = sorted(range(1, 31), key=lambda n: abs(n - rows))
+    assert all(near[a - 1] <= near[b - 1] + 1e-4 for a, b in zip(order, order[1:], strict=False))
+    assert near[rows - 1] < near[order[1] - 1] < near[order[-1] - 1]
+
+
 def test_size_loss_is_half_the_two_cross_entropies_and_its_distance_orders_misses():
     b = make_batch()
     plain = lf.size_loss(b.row_logits, b.col_logits, b.target_size, emd_weight=0.0)
@@ -476,6 +591,14 @@ def test_size_loss_is_half_the_two_cross_entropies_and_its_distance_orders_misse
     misses = [lf.size_loss(guess(n), guess(10), size).item() for n in (10, 11, 12, 15, 20, 30)]
     assert misses == sorted(misses) and len(set(misses)) == 6
     assert abs(misses[1] - (25 + 0.5 * lf.EMD_WEIGHT)) < 1e-4  # one wrong cumulative entry on one axis
+
+
+@pytest.mark.parametrize("weight, is_safe", [(0.1, True), (0.3, True), (0.5, True), (0.7, False)])
+def test_price_of_a_step_is_safe_below_its_bound(weight, is_safe):
+    assert (weight < 0.5 * 6 / 5) == is_safe
+    assert (descend_halting(None, halt_weight=0.5, step_weight=weight) > 5.9) == is_safe
+    if is_safe:
+        assert abs(descend_halting(3, halt_weight=0.5, step_weight=weight) - 3) < 0.1
 
 
 def test_halting_target_needs_every_valid_cell_and_the_size():
@@ -516,29 +639,70 @@ def test_expected_steps_alone_collapse_to_one():
     assert abs(descend_halting(None, halt_weight=0.0) - 1) < 0.1
 
 
-def descend_halting(first_solved, halt_weight):
+def descend_halting(first_solved, halt_weight, step_weight=0.1):
     a = torch.zeros(1, 6, requires_grad=True)
     solved = torch.tensor([[first_solved is not None and t >= first_solved for t in range(1, 7)]])
     optimizer = torch.optim.Adam([a], lr=0.5)
     for _ in range(200):
         optimizer.zero_grad()
-        (0.1 * lf.step_cost(a) + halt_weight * lf.halt_loss(a, solved)).sum().backward()
+        (step_weight * lf.step_cost(a) + halt_weight * lf.halt_loss(a, solved)).sum().backward()
         optimizer.step()
     return 6 * lf.step_cost(a).item()
 
 
 # 3. The whole loss: sums, reach, alignment ------------------------------------------------------------------------
 
+SIZES = st.sampled_from([(0, 0), (1, 1), (1, 3), (2, 2), (3, 1), (3, 3)])
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@given(st.sampled_from(["full", "seed"]), st.lists(SIZES, min_size=1, max_size=3), st.integers(1, 4), DTYPES,
+       st.booleans(), st.booleans(), st.integers(0, 999))
+def test_every_term_equals_a_float64_reference_and_padding_may_hold_anything(mode, sizes, steps, dtype, one_colour,
+                                                                             autocast, seed):
+    batch = len(sizes)
+    b = make_batch(seed, batch, steps, side=3, in_side=4, sizes=sizes, in_sizes=[(4, 2), (1, 1), (3, 4)][:batch])
+    b.task_slot = torch.tensor([1, 1, 2])[:batch]
+    if one_colour:
+        b.target = torch.where(b.target >= 0, seed % C, PAD)
+    outside, out_of_input = b.target < 0, b.input < 0
+    for name in ("preference", "desirability", "preference_logits"):
+        getattr(b, name)[outside] = torch.nan
+    for name in ("forward", "state_logits"):
+        getattr(b, name).movedim(1, 3)[outside] = torch.nan
+    b.backward[:, 0][out_of_input] = torch.nan
+    b.backward[:, 1:, :3, :3].movedim(1, 3)[outside] = torch.nan
+    for name in LEAVES[:10]:
+        setattr(b, name, getattr(b, name).to(dtype))
+    b, loss = leaves(b), make_loss(mode=mode)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        result = run(loss, b)
+    result.total.backward()
+    expected = numpy_terms(b, loss)
+    for name in TERM_NAMES:
+        assert result.terms[name].item() == pytest.approx(expected[name], abs=2e-5, rel=2e-5), name
+    weights = lf.term_weights(loss.config, WARM)
+    assert result.total.item() == pytest.approx(sum(weights[name] * expected[name] for name in TERM_NAMES), abs=1e-4)
+    assert result.total.dtype == torch.float32
+    for name in LEAVES:
+        grad = getattr(b, name).grad
+        assert grad is None or grad.isfinite().all(), name
+    assert b.forward.grad is None or b.forward.grad.movedim(1, 3)[outside].count_nonzero() == 0
+
+
 @pytest.mark.parametrize("mode", ["full", "seed"])
 @pytest.mark.parametrize("progress", [0.0, 1.3, 3.4, WARM])
 def test_total_is_the_sum_of_the_weighted_terms(mode, progress):
-    loss, b = make_loss(mode=mode), make_batch()
+    loss, b = make_loss(mode=mode), leaves(make_batch())
     result = run(loss, b, progress)
+    reported = (result.per_sample_consistency, result.per_sample_cross_entropy, result.hard_fraction)
+    assert not any(x.requires_grad for x in (*result.terms.values(), *result.weighted.values(), *reported))
     assert tuple(result.terms) == tuple(result.weighted) == TERM_NAMES
     assert abs(result.total.item() - sum(x.item() for x in result.weighted.values())) < 1e-6 * result.total.item()
     for name, weight in lf.term_weights(loss.config, progress).items():
         torch.testing.assert_close(result.weighted[name], weight * result.terms[name])
-        assert not result.terms[name].requires_grad and result.terms[name].shape == ()
+        assert result.terms[name].shape == ()
 
 
 @pytest.mark.parametrize("mode", ["full", "seed"])
@@ -692,10 +856,9 @@ def test_values_outside_the_mask_never_matter():
         for name in CELL_FIELDS:
             assert getattr(dirty, name).grad.isfinite().all()
         assert dirty.forward.grad.movedim(1, 3)[outside].count_nonzero() == 0
-    nan_weight = torch.full((3, 4, 4), torch.nan)
-    mask = b.target >= 0
-    nan_weight[mask] = 1.0
-    assert lf.cell_mean(torch.ones(3, 4, 4), mask, nan_weight).tolist() == [1, 1, 1]
+        mask, ones = b.target >= 0, torch.where(outside, fill, 1.0)
+        assert lf.cell_mean(ones, mask).tolist() == lf.cell_mean(ones, mask, ones).tolist() == [1, 1, 1]
+        assert lf.batch_mean(torch.tensor([1.0, fill]), torch.tensor([True, False])).item() == 1
 
 
 def test_upsampling_and_repeated_steps_change_nothing():
@@ -781,11 +944,14 @@ def test_extreme_fp16_logits_stay_finite(mode):
     b = make_batch()
     for name in (*CELL_FIELDS, "halt_logits", "row_logits", "col_logits", "likelihood_logits"):
         setattr(b, name, (6e4 * getattr(b, name).sign()).half())
+    single = SimpleNamespace(**{k: v.float() if v.is_floating_point() else v for k, v in vars(b).items()})
     b = leaves(b)
     result = run(make_loss(mode=mode), b)
     result.total.backward()
-    assert result.total.isfinite()
-    assert all(x.grad.isfinite().all() for x in (b.forward, b.preference_logits, b.row_logits))
+    assert result.total.isfinite() and torch.equal(result.total, run(make_loss(mode=mode), single).total)
+    reached = {name: getattr(b, name).grad for name in LEAVES if getattr(b, name).grad is not None}
+    assert reached.keys() >= {"forward", "preference_logits", "row_logits"}
+    assert all(grad.isfinite().all() for grad in reached.values())
 
 
 def test_gradients_equal_finite_differences():
@@ -811,6 +977,10 @@ def test_gradients_equal_finite_differences():
                                           weights), f)
     assert check(lambda x: lf.z_anchor(x, log_c, z, mask), pref)
     assert check(lf.step_cost, c)
+    assert check(lambda x: lf.halt_loss(x, torch.tensor([[False, True], [False, False]])), c)
+    assert check(lambda x: lf.expected_accuracy(lf.target_log_prob(lf.log_belief(x, mask), b.target, mask), mask), f)
+    assert check(lambda x: lf.reverse_loss(x[:, 0], b.input, b.input >= 0), bw)
+    assert check(lambda x: lf.prompt_cosine(x, x.flip(0) + 1), features)
     assert check(lambda x: lf.size_loss(x, x.flip(0), b.target_size), rows)
     assert check(lambda x: lf.prompt_consistency(x, x.flip(0) + 1, torch.tensor([1, 2]), valid, queue,
                                                  torch.tensor([[True, False], [True, True]])), features)
@@ -841,10 +1011,21 @@ def test_size_schedule_is_exact_and_a_function_of_progress_alone():
     assert lf.content_weight(0.0, 3.0) == 0.5 and lf.content_weight(3.0, 3.0) == lf.content_weight(9.0, 3.0) == 1.0
     assert lf.size_weight(1.5, 3.0) == 0.75 and lf.content_weight(1.5, 3.0) == 0.75
     assert lf.size_weight(0.0, 0.0) == 0.5 and lf.content_weight(0.0, 0.0) == 1.0
+    assert lf.size_weight(0.25, 0.5) == lf.content_weight(0.25, 0.5) == 0.75
     steps_per_epoch, step = 101, 137
     resumed = lf.term_weights(LossConfig(), step / steps_per_epoch)
     assert resumed == lf.term_weights(LossConfig(), step / steps_per_epoch)
     assert resumed["size"] == 0.5 + 0.5 * (1 - (step / steps_per_epoch) / 3.0)
+
+
+@pytest.mark.parametrize("mode", ["full", "seed"])
+def test_weights_are_those_of_the_settings_halved_at_first_but_for_the_heads(mode):
+    config = LossConfig(mode=mode)
+    expected = {name: getattr(config, flag) for name, flag in LAMBDAS.items()} | {"size": 0.5}
+    expected |= {name: 0.0 for name in ("halt", "reverse") if mode == "seed"}
+    assert lf.term_weights(config, WARM) == pytest.approx(expected)
+    early = {name: x if name in ("halt", "reverse") else x / 2 for name, x in expected.items()}
+    assert lf.term_weights(config, 0.0) == pytest.approx(early | {"size": 1.0, "ambiguity": 0.0})
 
 
 def test_ambiguity_is_ramped_in_over_the_epoch_after_the_warm_up():
@@ -863,6 +1044,18 @@ def test_fix4_size_loss_dominates_in_warmup_and_fades():
         assert (weights["size"] > weights["consistency"]) == (progress < 1.5)
     assert ratios == sorted(ratios, reverse=True)
     assert ratios[0] / ratios[-1] == pytest.approx(4.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_seed_mode_total_is_the_original_formula_with_exact_divergences(steps):
+    original = {"lambda_risk": 1.0, "lambda_ambiguity": 0.0, "lambda_step": 0.1, "lambda_consistency": 1.0,
+                "lambda_bidirectional": 0.5, "lambda_z": 0.2, "lambda_prompt": 0.3, "lambda_reward": 0.3}
+    b, loss = make_batch(steps=steps), make_loss(mode="seed", **original)
+    x = numpy_terms(b, loss)
+    formula = (x["risk"] + 0.1 * 1 + x["consistency"] + 0.5 * x["bidirectional"] + 0.2 * x["z_learning"]
+               + 0.3 * x["prompt"] - 0.3 * b.reward.mean().item())
+    assert run(loss, b).total.item() == pytest.approx(formula + 0.5 * x["size"], abs=1e-4)
+    assert run(loss, b, 0.0).total.item() == pytest.approx(0.5 * formula + x["size"], abs=1e-4)
 
 
 def test_seed_mode_flip_is_blind_to_palindromes_and_to_the_middle_step():
@@ -923,6 +1116,7 @@ def test_seed_mode_supervises_the_last_step_only():
 
 def test_unbatched_call_equals_a_batch_of_one():
     b = make_batch(batch=1)
+    b.target[0, 0, 0] = 0  # a colour like any other
     mask = b.target >= 0
     forward, target, added = lf.as_batch(b.forward[0], b.target[0].float(), mask[0])
     assert torch.equal(forward, b.forward) and torch.equal(target, b.target) and torch.equal(added, mask)

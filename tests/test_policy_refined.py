@@ -71,6 +71,26 @@ def test_advantage_is_the_reward_minus_the_mean_of_the_others(rewards, shift):
     assert torch.allclose(leave_one_out_advantage(column + shift, torch.zeros(1))[:, 0], got, atol=1e-5)
 
 
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(st.integers(1, 5), st.integers(1, 4), st.sampled_from([NAN, float("inf"), -float("inf")]), st.floats(0, 1),
+       st.integers(0, 999))  # fmt: skip
+def test_advantage_equals_loops_whatever_is_scorable(groups, batch, unscorable, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rewards, value = torch.rand(groups, batch, generator=generator), torch.rand(batch, generator=generator)
+    rewards = (4 * rewards).round() / 4  # ties happen
+    rewards[torch.rand(groups, batch, generator=generator) < share] = unscorable
+    got = leave_one_out_advantage(rewards, value)
+    for b in range(batch):
+        known = [g for g in range(groups) if rewards[g, b].isfinite()]
+        for g in range(groups):
+            others = [float(rewards[k, b]) for k in known if k != g]
+            baseline = sum(others) / len(others) if others else float(value[b])
+            expected = float(rewards[g, b]) - baseline if g in known else 0.0
+            assert float(got[g, b]) == pytest.approx(expected, abs=1e-6)
+        if len({float(rewards[g, b]) for g in known}) == 1 < len(known):
+            assert torch.equal(got[:, b], torch.zeros(groups))
+
+
 @pytest.mark.parametrize("constant", [0.0, 0.3, -1 / 3, 1e-4])
 def test_equal_rewards_have_advantage_exactly_0(constant):
     got = leave_one_out_advantage(torch.full((7, 3), constant), torch.ones(3))
@@ -142,6 +162,18 @@ def test_refine_passes_the_gradient_to_the_prompt_unchanged_and_to_the_basis_but
     assert torch.equal(embedding.grad, weight)
     assert agent.basis.grad.abs().sum(1).min() > 0
     assert all(p.grad is None for p in agent.policy_parameters())
+
+
+def test_refine_cuts_the_graph_of_an_action_that_has_one():
+    agent = make()
+    prompt, proposal = propose(agent)
+    mean, log_std, _ = agent.augmentor(proposal.state)
+    attached = dataclasses.replace(proposal, action=mean + log_std.exp() * torch.randn(4, 5, 5))
+    embedding = prompt.embedding.clone().requires_grad_()
+    agent.refine(embedding, attached).sum().backward()
+    assert torch.equal(embedding.grad, torch.full_like(embedding, 4.0)) and agent.basis.grad is not None
+    assert all(p.grad is None for p in agent.policy_parameters())
+    assert not agent.gate(attached).requires_grad
 
 
 def test_refine_keeps_the_type_of_a_half_precision_prompt():
@@ -279,6 +311,22 @@ def test_non_finite_gradient_skips_the_step_and_changes_nothing():
     assert all(p.grad is None for p in agent.parameters())
 
 
+def test_update_returns_the_whole_norm_and_clips_policy_and_curiosity_apart():
+    agent = make()
+    prompt, proposal = propose(agent)
+    terms = agent.losses(proposal, torch.rand(4, 5), 0.1, toy_next_state(agent, prompt, proposal))
+    terms = dataclasses.replace(terms, total=1000 * terms.total)
+    grads = torch.autograd.grad(terms.total, agent.policy_parameters(), retain_graph=True)
+    before = snapshot(agent.augmentor)
+    norm = agent.update(torch.optim.SGD(agent.policy_parameters(), lr=1e-2), terms)
+    torch.testing.assert_close(norm, torch.stack([g.norm() for g in grads]).norm())
+    assert norm > 100
+    moved = {name: p.detach() - before[name] for name, p in agent.augmentor.named_parameters()}
+    for is_curious in (False, True):
+        steps = [step.norm() for name, step in moved.items() if name.startswith("curiosity.") == is_curious]
+        assert float(torch.stack(steps).norm()) == pytest.approx(1e-2, rel=1e-3)
+
+
 def test_losses_are_pure_until_update_commits_the_running_averages():
     agent = make()
     prompt, proposal = propose(agent)
@@ -303,6 +351,13 @@ def test_ties_do_not_shrink_the_scale_of_advantages():
         assert terms.tied == 1 and terms.policy == 0
         agent.update(optimizer, terms)
     assert torch.equal(agent.advantage_scale.averages, scale)
+
+
+def test_tied_counts_the_groups_of_two_or_more_equal_rewards():
+    agent = make()
+    _, proposal = propose(agent, num_samples=2, batch=4)
+    rewards = torch.tensor([[0.5, 0.5, 0.5, NAN], [0.5, 0.25, NAN, NAN]])  # tied, not tied, alone, unscorable
+    assert agent.losses(proposal, rewards).tied == 0.5
 
 
 def test_update_keeps_the_spread_of_actions_in_range():
@@ -344,12 +399,14 @@ def test_training_the_curiosity_module_does_not_disturb_the_policy():
 
 def test_losses_are_single_precision_under_autocast():
     agent = make()
+    nn.init.normal_(agent.augmentor.mean_head.weight)
     prompt, proposal = propose(agent)
     rewards, after = torch.rand(4, 5), toy_next_state(agent, prompt, proposal)
     expected = agent.losses(proposal, rewards, 0.1, after)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = agent.losses(proposal, rewards, 0.1, after)
         refined = agent.refine(prompt.embedding, proposal)
+        assert torch.equal(propose(agent)[1].action, proposal.action)
     assert got.total.dtype == refined.dtype == torch.float32
     assert torch.equal(got.total, expected.total)
     assert torch.equal(refined, agent.refine(prompt.embedding, proposal))

@@ -8,6 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from config import MemoryConfig
 from solver2 import Candidates, EmaThreshold, MemoryBuffer, MemoryReader, ZTable, z_update
@@ -68,6 +70,22 @@ def test_threshold_batch_leaves_the_state_of_one_by_one_and_decides_with_the_old
         assert (accepted == (chunk >= before)).all()
         for score in chunk:
             one.admit(float(score), False)
+    assert batched.state_dict() == pytest.approx(one.state_dict(), abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.one_of(st.floats(0, 1), st.sampled_from([math.nan, math.inf])), st.booleans()),
+                min_size=1, max_size=120), st.integers(1, 40))  # fmt: skip
+def test_threshold_is_the_same_for_every_cut_into_batches_and_stays_in_its_bounds(scored, size):
+    one, batched, config = EmaThreshold(MemoryConfig()), EmaThreshold(MemoryConfig()), MemoryConfig()
+    for start in range(0, len(scored), size):
+        score, exact = (np.array(x) for x in zip(*scored[start:start + size], strict=True))
+        theta = batched.theta
+        accepted = batched.admit_batch(score, exact)
+        assert (accepted == np.isfinite(score) & (exact | (np.nan_to_num(score) >= theta))).all()
+        for x in score:
+            one.admit(float(x), False)
+        assert config.threshold_low <= batched.theta <= config.threshold_high
     assert batched.state_dict() == pytest.approx(one.state_dict(), abs=1e-12)
 
 
@@ -162,6 +180,23 @@ def test_recall_equals_brute_force_over_all_entries():
         torch.testing.assert_close(weights, competing.softmax(0), atol=1e-5, rtol=0)
     assert recall.valid.any() and not recall.valid.all()
     assert (recall.weights[:, :-1][~recall.valid] == 0).all()
+
+
+def test_features_are_standardised_by_all_that_were_offered():
+    memory, offered = make_memory(), []
+    for batch, count in enumerate((3, 1, 20, 7)):
+        candidates = make_candidates([f"t{batch}.{i}" for i in range(count)], score=0.0, seed=batch)
+        candidates.features.mul_(batch + 1.0).add_(3.0)
+        if count > 5:
+            candidates.features[2, 1] = math.nan
+        offered.append(candidates.features)
+        memory.admit(candidates)
+    rows = torch.cat(offered).double()
+    rows = rows[rows.isfinite().all(1)].numpy()
+    state = memory.state_dict()
+    assert len(memory) == 0 and state["seen"] == len(rows) == 29
+    np.testing.assert_allclose(state["mean"], rows.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(np.sqrt(state["squares"] / state["seen"]), rows.std(0), rtol=1e-9)
 
 
 def test_recall_payload_belongs_to_the_recalled_entry():
@@ -284,6 +319,28 @@ def test_gain_protects_an_entry_from_eviction():
     assert {state["names"]["task"][int(i)] for i in state["rows"]["task"]} == {"low", "new"}
 
 
+def test_utility_weighs_score_gain_and_age_and_a_poor_candidate_does_not_enter():
+    memory = make_memory(memory_capacity=2)
+    memory.admit(make_candidates(["helpful", "good"], score=[0.3, 0.6], exact=True))
+    for _ in range(60):
+        memory.update_gain(torch.tensor([[0]]), torch.tensor([0.05]), torch.tensor([[1.0]]))
+    # With a gain of .05 "helpful" is worth .3 + .5 tanh(1) + .1 = .78, "good" .6 + .1.
+    assert memory.admit(make_candidates(["poor"], score=0.55, exact=True)) == 0 and memory.statistics()["evicted"] == 0
+    assert memory.admit(make_candidates(["new"], score=0.65, exact=True)) == 1 and memory.statistics()["evicted"] == 1
+    state = memory.state_dict()
+    assert {state["names"]["task"][int(i)] for i in state["rows"]["task"]} == {"helpful", "new"}
+    for name, score in (("newer", 0.85), ("newest", 0.9)):  # the second finds "helpful" below the .95 of the first
+        assert memory.admit(make_candidates([name], score=score, exact=True)) == 1
+    state = memory.state_dict()
+    assert {state["names"]["task"][int(i)] for i in state["rows"]["task"]} == {"newer", "newest"}
+
+
+def test_empty_memory_has_nothing_to_refresh_or_remove():
+    memory = make_memory()
+    assert memory.refresh(["a"], ["train:0"], torch.ones(1, PROMPT)) == 0
+    assert memory.reevaluate(["a"], ["train:0"], torch.ones(1)) == 0
+
+
 def test_update_gain_is_an_average_weighted_by_attention_and_skips_entries_that_left():
     memory = make_memory()
     memory.admit(make_candidates(["a", "b", "c"]))
@@ -324,6 +381,7 @@ def test_at_most_two_entries_per_task_and_the_better_ones():
     for i, score in enumerate([0.5, 0.3, 0.7, 0.4, 0.9]):
         memory.admit(make_candidates(["a"], pairs=[f"train:{i}"], score=score, seed=i))
     assert sorted(memory.state_dict()["rows"]["score"].tolist()) == pytest.approx([0.7, 0.9])
+    assert memory.statistics()["evicted"] == 2
 
 
 def test_score_around_the_threshold_is_admitted_once_and_never_evicted():
@@ -444,6 +502,23 @@ def test_untrained_reader_leaves_the_prompt_and_nearly_the_preference():
         assert (mixed.exp() - log_prob.exp()).abs().max() <= torch.sigmoid(torch.tensor(-4.0)) + 1e-6
 
 
+def test_extended_prompt_equals_the_gated_means_written_out():
+    torch.manual_seed(4)
+    memory = make_memory(memory_similarity=-1.0)
+    memory.admit(make_candidates([f"t{i}" for i in range(4)], seed=1))
+    query, reader = make_candidates(["x", "y"], seed=2), MemoryReader(memory.config, PROMPT)
+    torch.nn.init.normal_(reader.token_gate)
+    torch.nn.init.constant_(reader.delta_gate, 0.7)
+    recall = memory.recall(query.features, query.prompt, query.task_ids)
+    extended = reader.extend_prompt(query.prompt, recall)
+    for b in range(2):
+        weights = recall.weights[b].tolist()
+        move, token = weights[-1] * reader.null_delta, weights[-1] * reader.null_prompt
+        for j, weight in enumerate(weights[:-1]):
+            move, token = move + weight * recall.deltas[b, j], token + weight * recall.prompts[b, j]
+        torch.testing.assert_close(extended[b], query.prompt[b] + 0.7 * move + reader.token_gate * token)
+
+
 def test_no_recall_equals_the_recall_of_an_empty_memory():
     reader, query = MemoryReader(MemoryConfig(), PROMPT), make_candidates(["x", "y"])
     torch.nn.init.normal_(reader.token_gate)
@@ -485,14 +560,15 @@ def test_extended_preference_equals_the_mixture_cell_by_cell():
 # Z-learning
 
 
-def test_z_goes_to_the_exponential_of_a_constant_reward_and_unvisited_entries_stay_one():
-    table = ZTable(3)
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_z_goes_to_the_exponential_of_a_constant_reward_and_unvisited_entries_stay_one(temperature):
+    table = ZTable(3, temperature=temperature)
     c_in, target = torch.full((1, 2, 2), 4), torch.full((1, 2, 2), 7)
     mask, permutation = torch.ones(1, 2, 2, dtype=torch.bool), torch.arange(10)[None]
     for _ in range(200):
         table.update(torch.tensor([2]), c_in, torch.full((1, 2, 2), 5), target, mask, permutation)
-    assert table.z[2, 4, 7].item() == pytest.approx(math.e, abs=1e-4)
-    assert table.z[2, 4, 5].item() == pytest.approx(1 / math.e, abs=1e-4)
+    assert table.z[2, 4, 7].item() == pytest.approx(math.exp(1 / temperature), abs=1e-4)
+    assert table.z[2, 4, 5].item() == pytest.approx(math.exp(-1 / temperature), abs=1e-4)
     table.z[2, 4, 7] = table.z[2, 4, 5] = 1.0
     assert (table.z == 1).all()
 
