@@ -58,6 +58,7 @@ ARMS = {
         "--lambda-bidirectional 0.5 --detach fwd", "... which only the backward planner follows", group="loss"
     ),
     "bidirectional off": Arm("--lambda-bidirectional 0", "no L_bidirectional", group="loss"),
+    "reverse 0.25": Arm("--lambda-reverse 0.25", "the backward planner's term at its first weight", group="loss"),
     "reverse off": Arm("--lambda-reverse 0", "the backward planner need not find the input", group="loss"),
     "backward planner off": Arm(
         "--lambda-bidirectional 0 --lambda-reverse 0", "no term of the backward planner", group="loss"
@@ -69,7 +70,6 @@ ARMS = {
     "hard cells off": Arm("--hard-epsilon 1", "all cells weigh alike", group="loss"),
     "hard cells 0": Arm("--hard-epsilon 0", "right cells weigh nothing", group="loss"),
     "hard cells 0.1": Arm("--hard-epsilon 0.1", "right cells weigh 0.1", group="loss"),
-    "hard cells 0.3": Arm("--hard-epsilon 0.3", "right cells weigh 0.3", group="loss"),
     "size curriculum off": Arm("--size-warmup 0", "no warm-up of the size loss", group="loss"),
     "deep supervision off": Arm("--deep-supervision 0", "L_consistency on the last step only", group="loss"),
     "prior start off": Arm("--kappa 0", "planning starts without the demonstrations' prior"),
@@ -189,8 +189,9 @@ def run_all(args: argparse.Namespace, jobs: list[tuple[str, int]]) -> None:
         return f"{arm or 'base'}, seed {seed}: {time.monotonic() - began:.0f} s"
 
     with concurrent.futures.ThreadPoolExecutor(args.processes) as pool:
-        for number, line in enumerate(pool.map(start, jobs), 1):
-            print(f"[{number}/{len(jobs)}] {line}", file=sys.stderr, flush=True)
+        running = [pool.submit(start, job) for job in jobs]
+        for number, done in enumerate(concurrent.futures.as_completed(running), 1):
+            print(f"[{number}/{len(jobs)}] {done.result()}", file=sys.stderr, flush=True)
 
 
 # The table -----------------------------------------------------------------------------------------------------------
