@@ -136,7 +136,7 @@ def numpy_sample(b, config, i):
 
     right = np.array([[f[t, h, w].argmax() == y[h, w] for h, w in cells] for t in range(steps)])
     cross_entropy = np.array([[-f[t, h, w, y[h, w]] for h, w in cells] for t in range(steps)])
-    weighted = np.average(cross_entropy, axis=1, weights=np.where(right[-1], 0.1, 1.0))
+    weighted = np.average(cross_entropy, axis=1, weights=np.where(right[-1], LossConfig().hard_epsilon, 1.0))
     supervision = np.arange(1, steps + 1) / sum(range(1, steps + 1))
     stop = 1 / (1 + np.exp(-halt))
     reached = np.cumprod(np.append(1, 1 - stop[:-1]))
