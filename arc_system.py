@@ -162,8 +162,8 @@ class ARCSystem(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Return the device of the parameters."""
-        return self.agent.read_trust.device
+        """Return the device of parameters and buffers."""
+        return self.z_table.z.device
 
     def observe(self, query: Query) -> Scene:
         """Return features, size belief, prompt and memories of a batch of queries."""

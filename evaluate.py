@@ -36,6 +36,7 @@ from reward_shaping import cells_union, color_counts, potentials, skill
 
 RESAMPLES = 10_000  # of a bootstrap interval of counts
 RESAMPLES_OF_A_MEAN = 2_000
+MEAN_FACTORS = (1, 0, 0.5, 2, 3, 4)  # how far a search may go along the policy's mean move
 STEP_LENGTHS = (1, 2, 4)  # of the policy gradient at prediction, in mean lengths of a sampled move
 NAMES_SHOWN = 3  # of the hypotheses that carried the prior's exact answers
 
@@ -99,43 +100,54 @@ def predict(system: ARCSystem, query: Query, runtime: Runtime) -> Prediction:
 # Refinement of the prompt at prediction ------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Moves:
+    """Moves of B prompts to try: mean [B, Dp] of the policy; samples [G, B, Dp] of it, from the mean; memories
+    [2K, B, Dp]: of each recalled entry the refinement that worked there, and half the way to its prompt."""
+
+    mean: Tensor
+    samples: Tensor
+    memories: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Moves:
+        """Return the moves changed by a function of moves [M, B, Dp]."""
+        return Moves(change(self.mean[None])[0], change(self.samples), change(self.memories))
+
+
 def refine_prompts(system: ARCSystem, query: Query, scene: Scene, confident: Tensor) -> Tensor:
     """Return the prompts [B, Dp] to predict with, as --refine says; no search where `confident` [B]."""
-    config = system.config.evaluation
+    config, seed = system.config.evaluation, system.config.run.seed
     if config.refine == "none":
         return scene.embedding
     if config.refine == "mean":
-        return scene.embedding + candidate_moves(system, scene, samples=0)[1]
+        return scene.embedding + candidate_moves(system, scene, 0).mean
     moves = candidate_moves(system, scene, config.refine_samples)
-    seed = system.config.run.seed
     if config.refine == "isotropic":
-        moves = random_directions(moves, seed)
+        moves = moves.map(lambda x: random_directions(x, seed))
     chosen = (~confident).nonzero().flatten()
-    found = torch.zeros_like(scene.embedding)
+    found = moves.mean.clone()
     contexts = [query.contexts[i] for i in chosen.tolist()]
-    found[chosen] = search(Demonstrations(system, contexts), moves[:, chosen], config.refine_samples)
+    found[chosen] = search(Demonstrations(system, contexts), moves.map(lambda x: x[:, chosen]))
     if config.refine == "random":
         found = random_directions(found[None], seed)[0]
     return scene.embedding + found
 
 
-def candidate_moves(system: ARCSystem, scene: Scene, samples: int) -> Tensor:
-    """Return moves of the prompts [M, B, Dp]: none, the policy's mean, samples of the policy, what the memory recalls.
-
-    Of every recalled entry the move that worked there, and the move to its prompt. The samples use the same noise for
-    every prompt, so that an answer does not depend on the batch it is in.
-    """
-    mean = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
-    proposals = [mean]
+def candidate_moves(system: ARCSystem, scene: Scene, samples: int) -> Moves:
+    """Return the moves to try. The samples use the same noise for every prompt, so that an answer does not depend on
+    the batch it is in."""
+    origin = torch.zeros_like(scene.embedding)
+    mean = system.policy.refine(origin, system.policy.propose(scene.prompt, scene.features, 1, deterministic=True), 0)
+    drawn = memories = origin[None][:0]
     if samples:
         noise = keyed_generator(torch.device("cpu"), system.config.run.seed, "search")
-        proposals.append(system.policy.propose(scene.prompt, scene.features, samples, noise, shared=True))
-    origin = torch.zeros_like(scene.embedding)
-    moves = [origin[None], *(system.policy.refine(origin, proposal) for proposal in proposals)]
-    if samples and scene.recall is not None:
-        prompts = torch.where(scene.recall.valid[..., None], scene.recall.prompts - scene.embedding[:, None], 0.0)
-        moves += [scene.recall.deltas.transpose(0, 1), prompts.transpose(0, 1)]
-    return torch.cat(moves)
+        proposal = system.policy.propose(scene.prompt, scene.features, samples, noise, shared=True)
+        drawn = system.policy.refine(origin, proposal) - mean
+    if scene.recall is not None:
+        recall = scene.recall
+        halfway = torch.where(recall.valid[..., None], 0.5 * (recall.prompts - scene.embedding[:, None]), 0.0)
+        memories = torch.cat((recall.deltas, halfway), 1).transpose(0, 1)
+    return Moves(mean, drawn, memories)
 
 
 def random_directions(moves: Tensor, seed: int) -> Tensor:
@@ -144,18 +156,24 @@ def random_directions(moves: Tensor, seed: int) -> Tensor:
     return F.normalize(noise.to(moves.device), dim=-1) * moves.norm(dim=-1, keepdim=True)
 
 
-def search(demonstrations: Demonstrations, moves: Tensor, samples: int) -> Tensor:
+def search(demonstrations: Demonstrations, moves: Moves) -> Tensor:
     """Return [B, Dp] the moves under which the demonstrations predict one another best.
 
-    Shapes:  moves [M, B, Dp] as `candidate_moves` gives them, M > samples + 1
-    Tried are the candidates, and steps along the policy gradient that the samples' rewards give. The reward is the
-    fall in nats per cell of the demonstrations, so no answer is needed. Of equal moves the first, which is none.
+    First how far to go along the policy's mean; from there its samples, what the memory recalls, and steps along the
+    policy gradient that the samples' rewards give. The reward is the fall in nats per cell of the demonstrations, so no
+    answer is needed. Of moves that are equally good the first is taken, which is the mean.
     """
-    nats = demonstrations.nats(moves)
-    sampled = slice(2, 2 + samples)
-    steps = policy_gradient_steps(moves[sampled], -nats[sampled])
-    moves, nats = torch.cat((moves, steps)), torch.cat((nats, demonstrations.nats(steps)))
-    return moves[nats.argmin(0), torch.arange(moves.shape[1], device=moves.device)]
+    each = torch.arange(moves.mean.shape[0], device=moves.mean.device)
+    along = torch.stack([factor * moves.mean for factor in MEAN_FACTORS])
+    nats = demonstrations.nats(along)
+    nearest, best = nats.min(0)
+    start = along[best, each]
+    beside = start + torch.cat((moves.samples, moves.memories))
+    found = demonstrations.nats(beside)
+    count = len(moves.samples)
+    steps = start + policy_gradient_steps(moves.samples, -found[:count])
+    tried = torch.cat((start[None], beside, steps))
+    return tried[torch.cat((nearest[None], found, demonstrations.nats(steps))).argmin(0), each]
 
 
 def policy_gradient_steps(moves: Tensor, rewards: Tensor) -> Tensor:

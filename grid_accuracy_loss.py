@@ -70,7 +70,6 @@ class Reading:
     prior_logits: Tensor | None
     read_logits: Tensor
     mask: Tensor
-    direction: int
 
     def repeat(self, groups: int) -> Reading:
         """Return the reading of G copies of the batch, [G*B, ...], group-major and detached."""
@@ -79,7 +78,7 @@ class Reading:
             return None if x is None else x.detach().repeat(groups, *([1] * (x.dim() - 1)))
 
         tiled = (tile(x) for x in (self.hidden, self.prior_logits, self.read_logits, self.mask))
-        return Reading(*tiled, self.direction)
+        return Reading(*tiled)
 
 
 # Grids in ------------------------------------------------------------------------------------------------------------
@@ -443,6 +442,54 @@ class SizeHead(nn.Module):
 # The agent -----------------------------------------------------------------------------------------------------------
 
 
+class Planner(nn.Module):
+    """T planning steps in one direction; each step's belief feeds the next, and the prompt modulates every block."""
+
+    def __init__(self, config: AgentConfig, prompt_dim: int, kappa: float = 0.0):
+        super().__init__()
+        width, self.steps = config.width, config.num_steps
+        stages = 1 if config.tie_stages else config.num_steps
+        self.stages = nn.ModuleList(
+            nn.ModuleList(Block(width, config.attention == "on", prompt_dim) for _ in range(config.plan_blocks))
+            for _ in range(stages)
+        )
+        self.belief_embed = nn.Linear(NUM_COLORS, width, bias=False)
+        self.step_embed = nn.Embedding(config.num_steps, width)
+        self.trust = nn.Linear(prompt_dim, 2)
+        self.kappa = nn.Parameter(torch.tensor(float(kappa))) if kappa > 0 else None
+        self.read_trust = nn.Parameter(torch.tensor(0.1))
+        self.state_norm = Norm(width)
+        self.state_head = nn.Linear(width, config.num_codes)
+        self.likelihood_logits = nn.Parameter(initial_likelihood(config.num_codes))
+        nn.init.zeros_(self.state_head.weight)
+        nn.init.zeros_(self.state_head.bias)
+        nn.init.normal_(self.trust.weight, std=0.01)  # the prompt matters, and learns, from the first step
+        nn.init.zeros_(self.trust.bias)
+        nn.init.normal_(self.step_embed.weight, std=0.1)
+
+    def forward(self, reading: Reading, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return beliefs [B, T, H, W, C] and codes [B, T, H, W, S], both logits, and pooled features [B, T, D]."""
+        trust = 2 * self.trust(prompt).float().sigmoid()[:, None, None]  # [B, 1, 1, 2], 1 at initialisation
+        start = self.read_trust * trust[..., 1:] * reading.read_logits
+        if reading.prior_logits is not None:
+            start = start + self.kappa * trust[..., :1] * reading.prior_logits
+        mask = reading.mask
+        inside, cells = mask[..., None], mask.sum((1, 2)).clamp(min=1)[:, None]
+        hidden, logits = reading.hidden, start
+        beliefs, states, pools = [], [], []
+        for t in range(self.steps):
+            hidden = hidden + self.belief_embed(logits.softmax(-1)) + self.step_embed.weight[t]
+            for block in self.stages[t % len(self.stages)]:
+                hidden = block(hidden, mask, prompt)
+            features = self.state_norm(hidden)
+            state = self.state_head(features).float()
+            logits = start + decode_states(state, self.likelihood_logits)
+            beliefs.append(logits)
+            states.append(state)
+            pools.append(torch.where(inside, features, 0).sum((1, 2)) / cells)
+        return torch.stack(beliefs, 1), torch.stack(states, 1), torch.stack(pools, 1)
+
+
 class ARCPromptGuidedAgent(nn.Module):
     """Plan an output grid in T steps from a Query, a prompt, and the demonstrations' preference C."""
 
@@ -458,31 +505,17 @@ class ARCPromptGuidedAgent(nn.Module):
         self.demonstration_read = DemonstrationRead(width, config.read_heads)
         evidence = config.read_heads * (2 * NUM_COLORS + NUM_VIEWS) + 2 * NUM_VIEWS + 2 * NUM_COLORS
         self.evidence_embed = nn.Linear(evidence, width)
-        stages = 1 if config.tie_stages else config.num_steps
-        self.stages = nn.ModuleList(
-            nn.ModuleList(Block(width, attention, prompt_dim) for _ in range(config.plan_blocks)) for _ in range(stages)
-        )
-        self.belief_embed = nn.Linear(NUM_COLORS, width, bias=False)
-        self.step_embed = nn.Embedding(config.num_steps, width)
-        self.direction_embed = nn.Embedding(2, width)
-        self.trust = nn.Linear(prompt_dim, 2)
-        self.kappa = nn.Parameter(torch.tensor(float(config.kappa))) if config.kappa > 0 else None
-        self.read_trust = nn.Parameter(torch.tensor(0.1))
-        self.state_norm = Norm(width)
-        self.state_head = nn.Linear(width, config.num_codes)
-        self.likelihood_logits = nn.Parameter(initial_likelihood(config.num_codes))
+        self.forward_planner = Planner(config, prompt_dim, config.kappa)
+        self.backward_planner = Planner(config, prompt_dim)
         self.preference_norm = Norm(width)
         self.preference_prompt = nn.Linear(prompt_dim, width)
         self.preference_head = nn.Linear(width, NUM_COLORS)
         self.halt_head = nn.Linear(width, 1)
         self.size_head = SizeHead(num_features)
-        for layer in (self.trust, self.state_head, self.preference_head, self.halt_head):
+        for layer in (self.preference_head, self.halt_head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.trust.weight, std=0.01)  # the prompt matters, and learns, from the first step
         nn.init.constant_(self.halt_head.bias, -5.0)  # plan all steps until a right answer is recognised
-        for table in (self.step_embed, self.direction_embed):
-            nn.init.normal_(table.weight, std=0.1)
 
     def predict_size(self, query: Query, features: Tensor, size_log_prob: Tensor) -> tuple[Tensor, Tensor]:
         """Return (row, col) logits [B, 30] for output sizes 1..30."""
@@ -548,59 +581,43 @@ class ARCPromptGuidedAgent(nn.Module):
         cells = views.flatten(2).transpose(1, 2)
         log_read, raw = self.demonstration_read(x.flatten(1, 2), k, v, allowed, cells, match)
         log_read = log_read.view(batch, side, side, NUM_COLORS)
-        prior = None if self.kappa is None or direction == BACKWARD else preference
+        prior = None if self.forward_planner.kappa is None or direction == BACKWARD else preference
         prior_probability = torch.zeros_like(log_read) if prior is None else prior.exp()
         spread = match.flatten(1)[:, None, None].expand(-1, side, side, -1)
         evidence = torch.cat((raw.view(batch, side, side, -1), spread, log_read.exp(), prior_probability), -1)
         hidden = x + self.evidence_embed(evidence)
-        return Reading(hidden, prior, log_read, mask, direction)
+        return Reading(hidden, prior, log_read, mask)
 
     def plan(self, reading: Reading, prompt: Tensor, size_logits: tuple[Tensor, Tensor] | None = None) -> Trajectory:
         """Return the trajectory of T planning steps under prompt [B, Dp]; each step's belief feeds the next step."""
-        trust = 2 * self.trust(prompt).float().sigmoid()[:, None, None]  # [B, 1, 1, 2], 1 at initialisation
-        start = self.read_trust * trust[..., 1:] * reading.read_logits
-        if reading.prior_logits is not None:
-            start = start + self.kappa * trust[..., :1] * reading.prior_logits
-        mask, steps = reading.mask, self.config.num_steps
-        inside, cells = mask[..., None], mask.sum((1, 2)).clamp(min=1)[:, None]
-        direction = self.direction_embed.weight[reading.direction]
-        hidden, logits = reading.hidden, start
-        beliefs, states, pools = [], [], []
-        for t in range(steps):
-            hidden = hidden + self.belief_embed(logits.softmax(-1)) + self.step_embed.weight[t] + direction
-            for block in self.stages[0 if self.config.tie_stages else t]:
-                hidden = block(hidden, mask, prompt)
-            features = self.state_norm(hidden)
-            state = self.state_head(features).float()
-            logits = start + decode_states(state, self.likelihood_logits)
-            beliefs.append(logits)
-            states.append(state)
-            pools.append(torch.where(inside, features, 0).sum((1, 2)) / cells)
-        pooled = torch.stack(pools, 1)  # [B, T, D]
+        beliefs, states, pooled = self.forward_planner(reading, prompt)
         preference = self.preference_norm(reading.hidden) * (1 + self.preference_prompt(prompt)[:, None, None])
         rows, cols = size_logits if size_logits is not None else (None, None)
         return Trajectory(
-            forward=torch.stack(beliefs, 1),
+            forward=beliefs,
             backward=None,
-            state_logits=torch.stack(states, 1),
-            likelihood_logits=self.likelihood_logits,
+            state_logits=states,
+            likelihood_logits=self.forward_planner.likelihood_logits,
             preference_logits=self.preference_head(preference).float(),
             halt_logits=self.halt_head(pooled)[..., 0].float(),
             row_logits=rows,
             col_logits=cols,
             features=pooled.mean(1),
-            mask=mask,
+            mask=reading.mask,
         )
 
     def plan_backward(self, query: Query, grid: Tensor, size: Tensor, prompt: Tensor) -> Tensor:
         """Return backward beliefs [B, T, F, F, C] from an output grid [B, H, W] towards the input; entry t is b_t.
 
         The frame F covers the input and the output canvas. In training the grid is the target (privileged: nothing
-        that predicts may consume the result); at test time it is the model's own prediction.
+        that predicts may consume the result); at test time it is the model's own prediction. The backward planner
+        reads with what the forward one has learned and sends it no gradient: trained by both, the cells' features
+        predicted worse (docs/LAB_NOTEBOOK.md).
         """
         frame = max(grid.shape[-1], query.input.shape[-1])
-        reading = self.read(query.reversed(grid, size), query.input_size, frame, direction=BACKWARD)
-        return self.plan(reading, prompt).forward.flip(1)
+        with torch.no_grad():
+            reading = self.read(query.reversed(grid, size), query.input_size, frame, direction=BACKWARD)
+        return self.backward_planner(reading, prompt)[0].flip(1)
 
     def forward(self, query: Query | Tensor, prompt: Tensor, size: Tensor | None = None, **kwargs) -> Trajectory:
         """Return the forward trajectory for a Query, or for bare grids in any form `grid_colors` accepts.

@@ -40,7 +40,7 @@ try:
 except ImportError:  # Windows: only the heartbeat protects a run
     fcntl = None
 
-FORMAT = 2  # 2: the loop state holds the health flags; files of format 1 are still read
+FORMAT = 3  # 2: the loop state holds the health flags; 3: the backward planner has weights of its own
 CHECKPOINTS, BEST_DELTA, LOCK = "checkpoints", "best_delta.pt", ".lock"
 STEP_NAME = re.compile(r"step_(\d{9,})\.pt")
 TEMPORARY_NAME = re.compile(r"\.tmp-(\d+)-.*")
@@ -253,10 +253,11 @@ def _describe_damage(error: Exception) -> str:
 def _open_envelope(path: Path, content: Any) -> Checkpoint:
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise DamagedError("has no format number")
-    if content["format"] > FORMAT:
+    if content["format"] != FORMAT:
         raise CheckpointError(
             f"checkpoint format {content['format']} was written by ARC-EFE {content.get('program', '?')}; "
-            f"this is {VERSION} (format {FORMAT})", "git pull")
+            f"this is {VERSION} (format {FORMAT})",
+            "git pull" if content["format"] > FORMAT else "start a new run with --fresh, or resume with that version")
     try:
         return Checkpoint(path, int(content["step"]), str(content["run_id"]), float(content["saved_at"]),
                           content["payload"])

@@ -643,8 +643,7 @@ def restore(run: Run, payload: dict[str, Any]) -> None:
     run.average.load_state_dict(payload["average"])
     run.system.memory.load_state_dict(payload["memory"])
     loop = dict(payload["loop"])
-    if "health" in loop:  # not before format 2
-        run.health.load_state_dict(loop.pop("health"))
+    run.health.load_state_dict(loop.pop("health"))
     for name in ("window", "epoch_sums"):
         loop[name] = {key: value.to(run.runtime.device) for key, value in loop[name].items()}
     run.state = LoopState(**loop)

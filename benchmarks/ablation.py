@@ -35,7 +35,7 @@ import numpy as np
 
 METRICS = {"nats": "nats per cell", "cells_true": "cells", "planned_exact": "planner exact", "exact": "exact"}
 RESAMPLES = 4000
-LARGEST = 8  # effects that `confirm` looks at again, besides RL and memory
+LARGEST = 4  # effects that `confirm` looks at again, besides RL and memory
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ ARMS = {
     "task slot off": Arm("--no-use-task-slot", "no learned vector per task"),
     "stages untied": Arm("--no-tie-stages", "each planning step has weights of its own"),
     "RL off": Arm("--rl-every 0", "no policy is trained; the search tries its untrained samples", group="RL"),
-    "RL every batch": Arm("--rl-every 1", "the policy is updated on every batch", group="RL"),
+    "RL every batch": Arm("--rl-every 1", "the policy is updated on every batch"),
     "RL frozen": Arm("--rl-lr 0", "moves of the untrained policy, of the same size", group="RL"),
-    "RL no-op": Arm("--action-scale 1e-9", "moves of no length", group="RL"),
+    "RL no-op": Arm("--action-scale 1e-9", "moves of no length"),
     "memory off": Arm("--no-use-memory", "no memory", group="memory"),
     "memory random": Arm("--memory-recall random", "random entries are recalled", group="memory"),
     "refine none": Arm("--refine none", "predict with the prompt as written", True, "RL"),

@@ -213,7 +213,7 @@ FAULTS = (
     Fault("target reaches the forward plan", "arc_system.py",
           "trajectory = self.plan(scene, reading, embedding)",
           "hidden = reading.hidden + (grid[..., None] == 1)\n"
-          "        told = Reading(hidden, reading.prior_logits, reading.read_logits, reading.mask, reading.direction)\n"
+          "        told = Reading(hidden, reading.prior_logits, reading.read_logits, reading.mask)\n"
           "        trajectory = self.plan(scene, told, embedding)", FORWARD),
     Fault("prior judges itself on what it has counted", "demo_prior.py",
           "counts = np.concatenate([total - own, total], 1).astype(np.float64)",

@@ -343,7 +343,7 @@ def stable_numbers() -> list[Row]:
     broken = []
     for is_checked in (False, True):
         bench = make_bench()
-        bench.system.agent.step_embed.weight.register_hook(lambda g: g * math.nan)
+        bench.system.agent.forward_planner.step_embed.weight.register_hook(lambda g: g * math.nan)
         result, parameters = bench.step(), bench.main_parameters()
         if is_checked:
             driver.apply_gradients(result, bench.system, bench.optimizers, bench.runtime, watch_qwen=False)

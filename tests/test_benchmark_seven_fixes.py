@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import loss_function
+from config import LossConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "seven_fixes.py"

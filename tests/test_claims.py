@@ -322,7 +322,7 @@ def test_fix7_nonfinite_step_is_skipped_and_parameters_stay_finite(build, drive,
     for _ in range(2):
         one_batch(run)
     step_cost = loss_function.step_cost
-    planner, qwen = run.system.agent.step_embed.weight, run.system.language_parameters()[-1][1]
+    planner, qwen = run.system.agent.forward_planner.step_embed.weight, run.system.language_parameters()[-1][1]
 
     def spoil_loss() -> Callable[[], None]:
         monkeypatch.setattr(loss_function, "step_cost", lambda logits: step_cost(logits) * math.nan)
@@ -368,7 +368,7 @@ def test_loss_scaler_backs_off_at_an_infinite_gradient_and_nothing_else_changes(
     one_batch(run)
     before = everything(run)
     assert run.runtime.scaler.get_scale() == 1024 and before["memory"]["threshold"]["count"] == 3
-    hook = run.system.agent.step_embed.weight.register_hook(lambda g: g * math.inf)
+    hook = run.system.agent.forward_planner.step_embed.weight.register_hook(lambda g: g * math.inf)
     one_batch(run)
     hook.remove()
     assert run.runtime.scaler.get_scale() == 512 and run.state.bad_steps == 1

@@ -227,8 +227,8 @@ def test_validation_of_an_untrained_system_is_that_of_the_prior(items):
 def test_belief_that_is_the_prior_gains_no_nats(items):
     system = make_system(memory__use_memory=False)
     with torch.no_grad():
-        system.agent.read_trust.zero_()
-        system.agent.trust.weight.zero_()
+        system.agent.forward_planner.read_trust.zero_()
+        system.agent.forward_planner.trust.weight.zero_()
     found, trivial = validate(system, RUNTIME, items, ALL_AT_ONCE), baselines(items, system.prior)
     assert abs(found["nats_gained"]) < 1e-4
     assert found["cells_true"] == pytest.approx(trivial["prior_cells"], abs=0.01)
@@ -240,8 +240,8 @@ def test_nats_gained_has_the_right_sign(items):
     for kappa in (0.001, 1.0):
         system = make_system(memory__use_memory=False, agent__kappa=kappa)
         with torch.no_grad():
-            system.agent.read_trust.zero_()
-            system.agent.trust.weight.zero_()
+            system.agent.forward_planner.read_trust.zero_()
+            system.agent.forward_planner.trust.weight.zero_()
         gains[kappa] = validate(system, RUNTIME, items, ALL_AT_ONCE)["nats_gained"]
     uniform_minus_prior = np.mean(
         [math.log(10) - reference_nats(PriorCache().preference(c, a.shape).log_prob, a) for c, a in items]
@@ -342,7 +342,7 @@ def test_validation_runs_in_evaluation_mode_and_is_repeatable(items):
     system = make_system(noise=0.1).train()
     modes = []
     system.agent.register_forward_pre_hook(lambda *_: modes.append(system.training))
-    system.agent.state_head.register_forward_hook(lambda *_: modes.append(system.agent.training))
+    system.agent.forward_planner.state_head.register_forward_hook(lambda *_: modes.append(system.agent.training))
     one, two = (validate(system, RUNTIME, items, 4096) for _ in range(2))
     assert one == two
     assert modes and not any(modes)
@@ -453,7 +453,7 @@ def test_prediction_turns_with_the_task(items):
     turned = [dataclasses.replace(c, augmentation=Augmentation(1)) for c in contexts]
     system = make_system(memory__use_memory=False, agent__answer_confidence=NEVER)
     with torch.no_grad():
-        system.agent.read_trust.zero_()
+        system.agent.forward_planner.read_trust.zero_()
     plain, other = (predict(system, collate(x)[0], RUNTIME) for x in (contexts, turned))
     assert torch.equal(other.sizes, plain.sizes.flip(1))
     for b, context in enumerate(turned):

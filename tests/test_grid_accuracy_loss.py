@@ -566,7 +566,8 @@ def test_output_size_may_differ_from_the_input_size():
 def altered_step(agent, chosen, run):
     """Return run() while the state head's answer in its call number `chosen` is replaced by its negative."""
     calls = iter(range(1000))
-    hook = agent.state_head.register_forward_hook(lambda _, __, out: -out if next(calls) == chosen else None)
+    head = agent.forward_planner.state_head
+    hook = head.register_forward_hook(lambda _, __, out: -out if next(calls) == chosen else None)
     try:
         with torch.no_grad():
             return run()
@@ -605,7 +606,7 @@ def test_steps_in_the_settings_are_steps_of_the_plan(steps):
 
 def test_untied_stages_have_parameters_of_their_own():
     def stage_parameters(**values):
-        return parameter_count(make_agent(noise=0, **values).stages)
+        return parameter_count(make_agent(noise=0, **values).forward_planner.stages)
 
     one = stage_parameters(num_steps=1)
     assert stage_parameters(num_steps=5, tie_stages=True) == one > 0

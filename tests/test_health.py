@@ -26,7 +26,7 @@ from arc_data import PAD
 from arc_system import ARCSystem
 from config import build_parser
 from health import EPOCH_RULES, RULES, WINDOW_RULES, Health
-from model_persistence import CheckpointStore, list_checkpoints, plain, read_checkpoint
+from model_persistence import CheckpointStore, plain
 from policy_refined import PolicyRefinedAgent
 from prior_cache import PriorCache
 from report import read_metrics
@@ -366,20 +366,6 @@ def test_run_resumed_while_a_flag_is_raised_ends_with_the_same_bits(drive, new_f
         del payload["config"]["run"]["out"]
     assert found["loop"]["health"]["flags"].keys() == {"LOSS_NAN"}
     assert differences([expected, *rest], [found, *more]) == []
-
-
-def test_checkpoint_without_flags_is_resumed(drive, new_flags, monkeypatch):
-    """As those of format 1 are, written before there were any."""
-    assert drive(*new_flags(*SHORT)) == 0
-    (path,) = list_checkpoints(RUN)
-    checkpoint = read_checkpoint(path)
-    loop = {name: value for name, value in checkpoint.payload["loop"].items()
-            if name not in ("health", "save_seconds", "memory_before")}  # fmt: skip
-    envelope = {"format": 1, "program": "1.0.0", "run_id": checkpoint.run_id, "step": checkpoint.step,
-                "saved_at": checkpoint.saved_at, "payload": {**checkpoint.payload, "loop": loop}}  # fmt: skip
-    torch.save(envelope, path)
-    assert drive("--resume", "--epochs", 2) == 0
-    assert json.loads((RUN / "run.json").read_text())["step"] == 2
 
 
 def enough_to_judge(patch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ import torch
 import model_persistence
 from config import TrainConfig, to_dict
 from model_persistence import (
+    FORMAT,
     CheckpointError,
     CheckpointStore,
     DamagedError,
@@ -191,12 +192,13 @@ def test_all_damaged_returns_none_and_deletes_nothing(tmp_path):
     assert len(list(store.folder.glob("*.corrupt"))) == 2
 
 
-def test_a_newer_format_is_refused_and_left_in_place(tmp_path):
+@pytest.mark.parametrize(("number", "hint"), [(FORMAT + 1, "git pull"), (FORMAT - 1, "start a new run with --fresh")])
+def test_another_format_is_refused_and_left_in_place(tmp_path, number, hint):
     store, _ = make_store(tmp_path)
-    torch.save({"format": 3, "program": "1.4", "run_id": "mine"}, store.path(9))
-    with pytest.raises(CheckpointError, match="format 3 was written by ARC-EFE 1.4") as caught:
+    torch.save({"format": number, "program": "1.4", "run_id": "mine"}, store.path(9))
+    with pytest.raises(CheckpointError, match=f"format {number} was written by ARC-EFE 1.4") as caught:
         store.latest()
-    assert caught.value.exit_code == 5 and caught.value.hint == "git pull" and store.path(9).exists()
+    assert caught.value.exit_code == 5 and caught.value.hint.startswith(hint) and store.path(9).exists()
     assert not isinstance(caught.value, DamagedError)
 
 
@@ -214,7 +216,7 @@ def test_a_malicious_pickle_is_refused_without_running(tmp_path, as_zip):
     store.save(1, make_payload(1))
     target = tmp_path / "touched"
     if as_zip:
-        torch.save({"format": 1, "payload": Malice(target)}, store.path(2))
+        torch.save({"format": FORMAT, "payload": Malice(target)}, store.path(2))
         assert zipfile.is_zipfile(store.path(2))
     else:
         store.path(2).write_bytes(pickle.dumps(Malice(target)))
