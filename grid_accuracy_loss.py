@@ -506,7 +506,7 @@ class ARCPromptGuidedAgent(nn.Module):
         evidence = config.read_heads * (2 * NUM_COLORS + NUM_VIEWS) + 2 * NUM_VIEWS + 2 * NUM_COLORS
         self.evidence_embed = nn.Linear(evidence, width)
         self.forward_planner = Planner(config, prompt_dim, config.kappa)
-        self.backward_planner = Planner(config, prompt_dim)
+        self.backward_planner = Planner(dataclasses.replace(config, plan_blocks=1), prompt_dim)
         self.preference_norm = Norm(width)
         self.preference_prompt = nn.Linear(prompt_dim, width)
         self.preference_head = nn.Linear(width, NUM_COLORS)

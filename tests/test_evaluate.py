@@ -19,6 +19,7 @@ from config import TrainConfig, resolve, with_values
 from demo_prior import Preference
 from evaluate import (
     Demonstrations,
+    Moves,
     Prediction,
     Tally,
     baselines,
@@ -266,7 +267,7 @@ def test_prompt_gap_is_zero_only_for_a_planner_that_ignores_the_prompt(trained, 
     deaf = make_system(noise=0.1)
     with torch.no_grad():
         for name, parameter in deaf.agent.named_parameters():
-            if "modulation.weight" in name or name == "trust.weight":
+            if "modulation.weight" in name or name == "forward_planner.trust.weight":
                 parameter.zero_()
     assert validate(deaf, RUNTIME, items, ALL_AT_ONCE)["prompt_gap"] == pytest.approx(0, abs=1e-6)
 
@@ -534,8 +535,7 @@ def test_demonstration_nats_equal_predictions_one_by_one(items):
     contexts = [context for context, _ in items[:5]]
     query, _ = collate(contexts)
     with torch.no_grad():
-        scene = system.observe(query)
-        moves = candidate_moves(system, scene, samples=2)
+        moves = candidate_moves(system, system.observe(query), samples=2).samples
         found = Demonstrations(system, contexts).nats(moves)
         for b, context in enumerate(contexts):
             for m in range(len(moves)):
@@ -552,32 +552,63 @@ def test_demonstration_nats_equal_predictions_one_by_one(items):
     assert float((found - found[0]).abs().max()) > 1e-3  # moves matter here
 
 
-def test_search_takes_the_move_under_which_the_demonstrations_are_likeliest(items):
-    system = searching(items, agent__answer_confidence=NEVER)
-    contexts = [context for context, _ in items]
-    query, _ = collate(contexts)
-    prediction = predict(system, query, RUNTIME)
-    with torch.no_grad():
-        moves, shown = candidate_moves(system, prediction.scene, samples=4), Demonstrations(system, contexts)
-        moves = torch.cat((moves, policy_gradient_steps(moves[2:6], -shown.nats(moves[2:6]))))
-        best = shown.nats(moves).argmin(0)
-    expected = prediction.scene.embedding + moves[best, torch.arange(len(contexts))]
-    assert torch.equal(prediction.embedding, expected)
-    assert (best > 0).any()
+class Bowl:
+    """Stands for demonstrations that are best predicted under one move."""
+
+    def __init__(self, goal):
+        self.goal, self.tried = goal, []
+
+    def nats(self, moves):
+        self.tried.append(moves)
+        return (moves - self.goal).square().sum(-1)
+
+
+def test_search_takes_the_best_of_all_that_it_tries():
+    generator = torch.Generator().manual_seed(0)
+    moves = Moves(*(torch.randn(*shape, 4, generator=generator) for shape in ((5,), (6, 5), (3, 5))))
+    bowl = Bowl(torch.randn(5, 4, generator=generator))
+    found = search(bowl, moves)
+    tried = torch.cat(bowl.tried)
+    assert len(tried) == 6 + (6 + 3) + 3
+    best = (tried - bowl.goal).square().sum(-1).amin(0)
+    torch.testing.assert_close((found - bowl.goal).square().sum(-1), best)
+
+
+def test_search_goes_along_the_mean_then_beside_it_and_down_the_slope():
+    far = torch.tensor([[3.0, 0.0, 0.0, 0.0]])
+    none, memory = torch.zeros(1, 1, 4), torch.tensor([[[0.0, 0.0, 5.0, 0.0]]])
+    assert torch.equal(search(Bowl(far), Moves(far / 3, none, none)), far)
+    assert torch.equal(search(Bowl(torch.zeros(1, 4)), Moves(far, none, none)), torch.zeros(1, 4))
+    assert torch.equal(search(Bowl(far + memory[0]), Moves(far / 2, none, memory)), far + memory[0])
+    samples = torch.randn(16, 1, 4, generator=torch.Generator().manual_seed(1))
+    bowl = Bowl(torch.tensor([[3.0, -4.0, 0.0, 0.0]]))
+    found = search(bowl, Moves(torch.zeros(1, 4), samples, none))
+    assert float(bowl.nats(found)) < 0.7 * float(bowl.nats(samples).min())
+
+
+def test_search_stays_at_the_mean_where_nothing_can_be_judged():
+    class Nothing:
+        def nats(self, moves):
+            return torch.zeros(moves.shape[:2])
+
+    moves = Moves(*(torch.randn(*shape, 4) for shape in ((2,), (6, 2), (3, 2))))
+    assert torch.equal(search(Nothing(), moves), moves.mean)
 
 
 @pytest.mark.parametrize("kind", ["none", "mean", "search", "isotropic", "random"])
 def test_refine_setting_decides_the_prompt(items, kind):
-    system = searching(items, agent__answer_confidence=NEVER)
-    query, _ = collate([context for context, _ in items[:6]])
+    system = searching(items)
+    contexts = [context for context, _ in items[:6]]
+    query, _ = collate(contexts)
     nobody = torch.zeros(6, dtype=torch.bool)
+    system.config = with_values(system.config, {"evaluation.refine": kind})
     with torch.no_grad():
         scene = system.observe(query)
-        found = refine_prompts(system, query, scene, nobody) - scene.embedding
-        system.config = with_values(system.config, {"evaluation.refine": kind})
         moved = refine_prompts(system, query, scene, nobody) - scene.embedding
-        candidates = candidate_moves(system, scene, samples=4)
-    expected = {"none": torch.zeros_like(found), "mean": candidates[1], "search": found}
+        moves = candidate_moves(system, scene, samples=4)
+        found = search(Demonstrations(system, contexts), moves)
+    expected = {"none": torch.zeros_like(found), "mean": moves.mean, "search": found}
+    assert (found != moves.mean).any()
     if kind in expected:
         torch.testing.assert_close(moved, expected[kind], atol=1e-5, rtol=0)
         return
@@ -601,32 +632,20 @@ def test_policy_gradient_points_where_the_rewards_rise():
     torch.testing.assert_close(shifted, steps, atol=1e-2, rtol=0)
 
 
-def test_search_finds_what_no_candidate_reaches():
-    goal = torch.tensor([[3.0, -4.0, 0.0, 0.0]])
-
-    class Bowl:
-        def nats(self, moves):
-            return (moves - goal).square().sum(-1)
-
-    samples = torch.randn(16, 1, 4, generator=torch.Generator().manual_seed(1))
-    moves = torch.cat((torch.zeros(2, 1, 4), samples))
-    found = search(Bowl(), moves, 16)
-    assert float(Bowl().nats(found)) < 0.7 * float(Bowl().nats(moves).min())
-
-
-def test_search_tries_none_the_mean_samples_and_memories(items):
+def test_moves_are_the_mean_samples_around_it_and_memories(items):
     system = searching(items)
     query, _ = collate([context for context, _ in items[:4]])
     scene = system.observe(query)
-    moves = candidate_moves(system, scene, samples=4)
+    moves = candidate_moves(system, scene, samples=400)
     recall, top_k = scene.recall, system.config.memory.memory_top_k
-    assert len(moves) == 2 + 4 + 2 * top_k
-    assert (moves[0] == 0).all() and torch.equal(moves[6:-top_k], recall.deltas.transpose(0, 1))
+    assert moves.samples.shape[0] == 400 and (moves.mean != 0).any()
+    assert moves.samples.mean(0).norm(dim=-1).mean() < 0.2 * moves.samples.norm(dim=-1).mean()
     assert recall.valid.any() and not recall.valid.all()
-    reached = (scene.embedding + moves[-top_k:]).transpose(0, 1)
+    assert torch.equal(moves.memories[:top_k], recall.deltas.transpose(0, 1)) and (recall.deltas != 0).any()
+    halfway = (scene.embedding + 2 * moves.memories[top_k:]).transpose(0, 1)
     expected = torch.where(recall.valid[..., None], recall.prompts, scene.embedding[:, None])
-    torch.testing.assert_close(reached, expected)
-    assert torch.equal(candidate_moves(system, scene, samples=0), moves[:2])
+    torch.testing.assert_close(halfway, expected)
+    assert len(candidate_moves(system, scene, samples=0).samples) == 0
 
 
 def test_search_does_not_depend_on_the_batch(items):
@@ -637,13 +656,14 @@ def test_search_does_not_depend_on_the_batch(items):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
-def test_search_leaves_alone_what_the_prior_answers_and_what_has_one_demonstration(items):
+def test_search_leaves_at_the_mean_what_the_prior_answers_and_what_has_one_demonstration(items):
     system = searching(items, agent__answer_confidence=median_confidence(items))
     single = [dataclasses.replace(context, pair_id="test:9", demonstrations=context.demonstrations[:1])
               for context, _ in items[:3]]  # fmt: skip
     query, _ = collate([context for context, _ in items] + single)
     prediction = predict(system, query, RUNTIME)
-    moved = (prediction.embedding != prediction.scene.embedding).any(1)
+    mean = prediction.scene.embedding + candidate_moves(system, prediction.scene, 0).mean
+    moved = (prediction.embedding - mean).abs().amax(1) > 1e-6
     untouched = prediction.at_once.clone()
     untouched[-3:] = True
     assert not moved[untouched].any() and moved[~untouched].any()

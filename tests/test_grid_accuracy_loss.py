@@ -563,10 +563,10 @@ def test_output_size_may_differ_from_the_input_size():
 # The steps, and the way back -----------------------------------------------------------------------------------------
 
 
-def altered_step(agent, chosen, run):
+def altered_step(planner, chosen, run):
     """Return run() while the state head's answer in its call number `chosen` is replaced by its negative."""
     calls = iter(range(1000))
-    head = agent.forward_planner.state_head
+    head = planner.state_head
     hook = head.register_forward_hook(lambda _, __, out: -out if next(calls) == chosen else None)
     try:
         with torch.no_grad():
@@ -586,7 +586,7 @@ def test_each_step_feeds_the_next_and_none_before(tied):
 
     expected = run()
     for t in range(4):
-        found = altered_step(agent, t, run)
+        found = altered_step(agent.forward_planner, t, run)
         changed = [not torch.allclose(found[:, s], expected[:, s], atol=1e-5) for s in range(4)]
         assert changed == [s >= t for s in range(4)]
         assert torch.equal(found[:, :t], expected[:, :t])
@@ -630,7 +630,7 @@ def test_backward_plan_covers_both_canvases_and_ends_at_the_input(shapes):
     assert expected.shape == (2, 4, frame, frame, NUM_COLORS)
     assert expected.isfinite().all()
     for k in range(4):  # the k-th step taken from the output is b_{T-1-k}
-        found = altered_step(agent, k, run)
+        found = altered_step(agent.backward_planner, k, run)
         changed = [not torch.allclose(found[:, t], expected[:, t], atol=1e-5) for t in range(4)]
         assert changed == [t <= 3 - k for t in range(4)]
 
@@ -672,14 +672,18 @@ def test_backward_beliefs_leave_the_forward_trajectory_alone():
             assert torch.equal(one, two), field.name
 
 
-def test_directions_differ():
-    agent = make_agent()
+def test_backward_planner_sends_gradient_to_itself_and_the_prompt_only():
+    agent, prompt = make_agent(), prompts(2).requires_grad_()
     contexts, answers = make_contexts(SAME)
     query, answer = collate(contexts, answers)
-    side = max(answer.target.shape[-1], query.input.shape[-1])
+    agent.plan_backward(query, answer.target, answer.target_size, prompt).square().sum().backward()
+    reached = {name.partition(".")[0] for name, p in agent.named_parameters() if p.grad is not None}
+    assert reached == {"backward_planner"} and (prompt.grad != 0).any()
     with torch.no_grad():
-        there = agent.plan(agent.read(query, answer.target_size, side), prompts(2)).forward
-        back = agent.plan(agent.read(query, answer.target_size, side, direction=BACKWARD), prompts(2)).forward
+        side = max(answer.target.shape[-1], query.input.shape[-1])
+        reading = agent.read(query.reversed(answer.target, answer.target_size), query.input_size, side,
+                             direction=BACKWARD)  # fmt: skip
+        there, back = agent.forward_planner(reading, prompt)[0], agent.backward_planner(reading, prompt)[0]
     assert not torch.allclose(there, back, atol=1e-4)
 
 
