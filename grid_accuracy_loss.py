@@ -87,7 +87,8 @@ class Reading:
 def grid_colors(grid: Tensor) -> Tensor:
     """Return colours [B, H, W] int64 of [H, W] or [B, H, W] numbers, or of [10, H, W] or [B, 10, H, W] one-hot.
 
-    Raises: ValueError when a number is not a whole colour 0..9 (or PAD), or the shape is none of these.
+    Raises: ValueError when a number is not a whole colour 0..9 (or PAD), a side is above 30, or the shape is none of
+    these.
     Note: a [10, H, W] tensor is read as one-hot when each cell holds a single 1, otherwise as a batch of ten grids.
     """
     if grid.dim() == 2:
@@ -100,6 +101,8 @@ def grid_colors(grid: Tensor) -> Tensor:
             return colors if colors.dim() == 3 else colors[None]
     if grid.dim() != 3:
         raise ValueError(f"expected [H, W], one-hot [10, H, W] or a batch of either, got shape {tuple(grid.shape)}")
+    if max(grid.shape[1:]) > MAX_SIDE:
+        raise ValueError(f"a grid has at most {MAX_SIDE} rows and columns, got shape {tuple(grid.shape)}")
     colors = grid.long()
     if not ((colors == grid).all() and (((colors >= 0) & (colors < NUM_COLORS)) | (colors == PAD)).all()):
         raise ValueError("grid cells must be whole numbers 0-9")
@@ -622,12 +625,12 @@ class ARCPromptGuidedAgent(nn.Module):
     def forward(self, query: Query | Tensor, prompt: Tensor, size: Tensor | None = None, **kwargs) -> Trajectory:
         """Return the forward trajectory for a Query, or for bare grids in any form `grid_colors` accepts.
 
-        size [B, 2] is the output size to plan on; default: the input's.
+        size [B, 2] is the output size to plan on; default: the input's. The canvas holds both, or is `side` wide.
         """
         if isinstance(query, Tensor):
             query = query_from_grids(query)
         size = query.input_size if size is None else size
-        side = kwargs.pop("side", query.input.shape[-1] if query.input.shape[-1] == query.input.shape[-2] else MAX_SIDE)
+        side = kwargs.pop("side", max(*query.input.shape[-2:], int(size.max())))
         reading = self.read(query, size, side, preference=kwargs.pop("preference", None))
         return self.plan(reading, prompt, **kwargs)
 

@@ -744,7 +744,7 @@ def test_reward_of_the_trained_refinement_is_the_change_of_its_potential():
 
 
 def test_refinement_that_does_nothing_earns_exactly_nothing():
-    system = make_system(noise=0.3, policy__action_scale=30.0, reward__reward_dense=0.0).train()
+    system = make_system(noise=0.3, policy__action_scale=30.0, reward__reward_dense=0.0, agent__kappa=0.1).train()
     system.prompt_model.language_model.config.attention_dropout = 0.5
     for layer in system.prompt_model.language_model.layers:
         layer.self_attn.attention_dropout = 0.5
@@ -792,7 +792,7 @@ def test_move_that_is_remembered_is_the_best_of_the_refinements_or_none():
 
 
 def test_refinement_that_is_trained_on_counts_for_the_move_but_not_for_the_policy():
-    system = make_system(noise=0.1, policy__action_scale=3.0)
+    system = make_system(noise=0.3, policy__action_scale=3.0, agent__kappa=0.1)
     plain, (_, _, scene, _, _) = score(system, trained=torch.zeros(3, 16))
     assert (plain.reward == 0).all()  # no move, no reward
     far = 40.0 * torch.ones(3, 16)

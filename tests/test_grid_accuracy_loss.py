@@ -179,6 +179,7 @@ def test_grid_colors_keeps_padding():
         torch.zeros(2, 10, 4, 4),  # one-hot without a one
         torch.full((2, 10, 4, 4), 0.1),
         torch.zeros(1, 2, 10, 4, 4),
+        torch.zeros(31, 3),
     ],
 )
 def test_bad_grids_are_refused(grid):
@@ -546,6 +547,12 @@ def test_extreme_sizes_are_finite(inside, out, attention):
         assert getattr(trajectory, field).isfinite().all(), field
     with torch.no_grad():
         assert agent.plan_backward(query, answer.target, answer.target_size, prompts(1)).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(3, 5), (9, 2), (30, 30)])
+def test_bare_grid_is_planned_on_a_canvas_that_holds_input_and_output(size):
+    found = make_agent()(torch.zeros(3, 4), prompts(1), torch.tensor([size]))
+    assert found.mask.sum() == size[0] * size[1] and found.mask.shape[-1] == max(4, *size)
 
 
 def test_output_size_may_differ_from_the_input_size():
