@@ -62,6 +62,7 @@ VIEW = ("tests/test_prior_cache.py::test_cached_values_equal_the_transformed_one
         "tests/test_prior_cache.py::test_batched_confidences_and_candidates_are_those_of_each_context")  # fmt: skip
 PRIOR = ("tests/test_demo_prior.py::test_evidence_of_a_demonstration_comes_from_the_others_alone",
          "tests/test_demo_prior.py::test_a_table_equals_counts_by_hand")  # fmt: skip
+OWN_WEIGHTS = ("tests/test_grid_accuracy_loss.py::test_backward_planner_sends_gradient_to_itself_and_the_prompt_only",)
 BACKWARD = ("tests/test_grid_accuracy_loss.py::test_backward_plan_covers_both_canvases_and_ends_at_the_input",)
 JUDGE = ("tests/test_arc_system.py::test_agreement_is_that_of_the_backward_plans_last_belief_inside_the_input",
          "tests/test_arc_system.py::test_reverse_component_counts_the_backward_planners_way_to_the_input",
@@ -226,8 +227,11 @@ FAULTS = (
           "grids[b, k, : int(shape[0]), : int(shape[1])] = context.augmentation.apply_spatial(grid)", VIEW),
     # Planning, judging, choosing
     Fault("backward plan not turned round", "grid_accuracy_loss.py",
-          "return self.plan(reading, prompt).forward.flip(1)",
-          "return self.plan(reading, prompt).forward", BACKWARD),
+          "return self.backward_planner(reading, prompt)[0].flip(1)",
+          "return self.backward_planner(reading, prompt)[0]", BACKWARD),
+    Fault("way back trains what the forward planner reads with", "grid_accuracy_loss.py",
+          "        with torch.no_grad():\n            reading = self.read(query.reversed(",
+          "        if True:\n            reading = self.read(query.reversed(", OWN_WEIGHTS),
     Fault("wrong end of the backward plan is judged", "arc_system.py",
           "return cells_union(backward[:, 0].argmax(-1)",
           "return cells_union(backward[:, -1].argmax(-1)", JUDGE),

@@ -62,9 +62,9 @@ def test_measured_values_are_those_of_the_definitions(rows):
     assert row("largest gradient of a sample").before < 1e-6
     ratio = row("gradient on a wrong cell / on a right cell")
     assert ratio.after == pytest.approx(ratio.before / LossConfig().hard_epsilon, rel=1e-4)
-    # Weights: 1 on 2 wrong cells, 0.1 on 98 right ones; the wrong way gives each cell 1 / 100, times 2 / 100.
+    # Weights: 1 on 2 wrong cells, epsilon on 98 right ones; the wrong way gives each cell 1 / 100, times 2 / 100.
     alone = by_name["gradient on a wrong cell"]
-    assert alone.after / alone.before == pytest.approx((1 / (2 + 9.8)) / (0.02 / 100), rel=1e-4)
+    assert alone.after / alone.before == pytest.approx((1 / (2 + 98 * LossConfig().hard_epsilon)) / (0.02 / 100), rel=1e-4)
     threshold = row("admission threshold")
     assert threshold.before == pytest.approx(1.1 * 0.95, abs=2e-3) and threshold.after == 0.95
     clipped = row("norm of the gradient that the step gets")

@@ -20,7 +20,7 @@ import evaluate
 import trainloop_complete_with_fixes as driver
 from arc_data import collate, test_contexts
 from arc_system import ARCSystem
-from config import TrainConfig, from_dict
+from config import TrainConfig, from_dict, resolve
 from model_persistence import list_checkpoints, load_best_weights, read_checkpoint
 from report import read_epochs, read_metrics
 
@@ -253,7 +253,7 @@ def all_predictions(system: ARCSystem, tasks) -> list[dict]:
 def test_best_weights_predict_what_the_averaged_weights_predict(reference, tasks):
     weights, facts = load_best_weights(reference.path / "best")
     settings = {name: value for name, value in facts["config"].items() if name != "seed"}
-    loaded = ARCSystem(from_dict(TrainConfig, settings), facts["num_tasks"])
+    loaded = ARCSystem(resolve(from_dict(TrainConfig, settings), "cpu"), facts["num_tasks"])
     loaded.import_state(weights, facts)
 
     epoch = json.loads((reference.path / "run.json").read_text())["best"]["epoch"]
