@@ -152,7 +152,7 @@ class LossConfig:
     )
     lambda_risk: float = setting(0.1, "weight of L_risk, KL(belief || preference)", low=0)
     lambda_ambiguity: float = setting(0.05, "final weight of L_ambiguity, ramped in after the size warm-up", low=0)
-    lambda_step: float = setting(0.1, "weight of L_step, expected planning steps / T", low=0)
+    lambda_step: float = setting(0.03, "weight of L_step, expected planning steps / T", low=0)
     lambda_consistency: float = setting(1.0, "weight of L_consistency, cross-entropy with the target", low=0)
     lambda_bidirectional: float = setting(0.05, "weight of L_bidirectional, JS(forward, backward)", low=0)
     detach: str = setting(
@@ -161,9 +161,9 @@ class LossConfig:
     lambda_z: float = setting(0.2, "weight of L_z_learning, KL(preference head || desirability)", low=0)
     lambda_prompt: float = setting(0.1, "weight of L_prompt, agreement of trajectory and prompt", low=0)
     lambda_reward: float = setting(0.3, "weight of the reward term -R", low=0)
-    lambda_halt: float = setting(0.5, "weight of the halting head's cross-entropy", low=0)
+    lambda_halt: float = setting(0.15, "weight of the halting head's cross-entropy", low=0)
     lambda_reverse: float = setting(0.05, "weight of the backward planner's cross-entropy with the input", low=0)
-    hard_epsilon: float = setting(0.3, "weight of a cell that is already right, relative to a wrong one", low=0, high=1)
+    hard_epsilon: float = setting(0.5, "weight of a cell that is already right, relative to a wrong one", low=0, high=1)
     deep_supervision: float = setting(0.5, "share of L_consistency spread over all planning steps", low=0, high=1)
     preference_floor: float = setting(0.05, "uniform share mixed into C", low=0, high=1)
     size_warmup: float = setting(

@@ -64,7 +64,8 @@ def test_measured_values_are_those_of_the_definitions(rows):
     assert ratio.after == pytest.approx(ratio.before / LossConfig().hard_epsilon, rel=1e-4)
     # Weights: 1 on 2 wrong cells, epsilon on 98 right ones; the wrong way gives each cell 1 / 100, times 2 / 100.
     alone = by_name["gradient on a wrong cell"]
-    assert alone.after / alone.before == pytest.approx((1 / (2 + 98 * LossConfig().hard_epsilon)) / (0.02 / 100), rel=1e-4)
+    share = 1 / (2 + 98 * LossConfig().hard_epsilon)
+    assert alone.after / alone.before == pytest.approx(share / (0.02 / 100), rel=1e-4)
     threshold = row("admission threshold")
     assert threshold.before == pytest.approx(1.1 * 0.95, abs=2e-3) and threshold.after == 0.95
     clipped = row("norm of the gradient that the step gets")

@@ -27,6 +27,7 @@ from arc_data import (
     collate,
     draw_augmentation,
     generator,
+    leave_one_out,
     load_tasks,
     select_tasks,
     test_contexts,
@@ -386,15 +387,20 @@ def test_max_batches_limits_what_is_computed_ahead(epochs, build):
     asked = list(driver.prior_requests(run))
     trained = {c.key for e in range(epochs) for k in range(2) for c in run.sampler.batch(e, k)[0].contexts}
     judged = {context.key for context, _ in run.items}
-    assert {context.key for context, _ in asked} == trained | judged and len(run.items) == 2
-    assert len(trained) <= 6 * epochs and PriorCache().plan(asked).missing == len(trained) + len(judged)
+    shown = {context.key for context, _ in leave_one_out([context for context, _ in run.items])[0]}
+    assert {context.key for context, _ in asked} == trained | judged | shown and len(run.items) == 2
+    assert len(trained) <= 6 * epochs and PriorCache().plan(asked).missing == len(trained | judged | shown)
     run.close()
 
 
 def test_without_a_limit_every_pair_is_computed_ahead_once(build):
-    run = build("--epochs", 5)
+    run = build("--epochs", 5, "--refine", "mean")
     asked = list(driver.prior_requests(run))
     assert len(asked) == run.sampler.num_pairs + 2 * len(run.items)
+    run.close()
+    run = build("--epochs", 5, "--name", "searching")
+    judged = {context.key for context, _ in asked}
+    assert {context.key for context, _ in driver.prior_requests(run)} == judged  # the demonstrations are among them
     run.close()
 
 
