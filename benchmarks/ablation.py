@@ -5,8 +5,8 @@
 
 Every arm is the default system with one change (ARMS says what it is). A training arm trains a system of its own; a
 prediction arm predicts with the default system's weights, so that only the prediction differs. `screen` trains all arms
-with the first seed; `confirm` trains the base, the arms with the largest effects, and all of RL and memory with every
-seed. Items are the unseen test pairs of the tasks trained on, scored under their true size and at the predicted
+with the first seed; `confirm` trains the base and the arms given with every seed; `all` does both, and confirms the
+arms with the largest effects and all of RL and memory. Items are the unseen test pairs of the tasks trained on, scored under their true size and at the predicted
 one. Differences are paired by output and averaged over seeds; 95 % intervals resample tasks. Each result is a file
 under --out, written whole, so a run that was interrupted goes on where it stopped; the files of other settings are left
 alone and computed anew under their own names.
@@ -320,7 +320,8 @@ def main(words: list[str]) -> int:
         if args.stage in ("screen", "all"):
             run_all(args, plan(args, args.arms, args.seeds[:1]))
         if args.stage in ("confirm", "all"):
-            run_all(args, plan(args, largest(args, args.arms, args.seeds[0]), args.seeds))
+            arms = largest(args, args.arms, args.seeds[0]) if args.stage == "all" else args.arms
+            run_all(args, plan(args, arms, args.seeds))
     what = f"sides up to {args.side}" if args.side else "all tasks"
     print(f"`python benchmarks/ablation.py {shlex.join(words)}`: ARC-AGI-2 training, {what}, preset {args.preset},"
           f" {args.epochs} epochs, {args.device}, code {args.code}, {platform.machine()}\n")  # fmt: skip
