@@ -5,7 +5,7 @@
 
 Every arm is the default system with one change (ARMS says what it is). A training arm trains a system of its own; a
 prediction arm predicts with the default system's weights, so that only the prediction differs. `screen` trains all arms
-with the first seed; `confirm` trains the base and the arms given with every seed; `all` does both, and confirms the arms
+with the first seed; `confirm` trains the base and the arms given with every seed; `all` does both, for the arms
 with the largest effects and all of RL and memory. Items are the unseen test pairs of the tasks trained on; nats and
 cells are scored at the true size, exact at the predicted one, with the prior's answers where it is sure and of the
 planner alone. Differences are paired by output and averaged over seeds; 95 % intervals resample tasks, `*` marks those
