@@ -136,7 +136,7 @@ def refine_prompts(system: ARCSystem, query: Query, scene: Scene, confident: Ten
 def candidate_moves(system: ARCSystem, scene: Scene, samples: int) -> Moves:
     """Return the moves to try. The samples use the same noise for every prompt, so that an answer does not depend on
     the batch it is in."""
-    origin = torch.zeros_like(scene.embedding)
+    origin = torch.zeros_like(scene.embedding, dtype=torch.float32)
     mean = system.policy.refine(origin, system.policy.propose(scene.prompt, scene.features, 1, deterministic=True), 0)
     drawn = memories = origin[None][:0]
     if samples:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from arc_data import PAD, Answer, Augmentation, Context, Query, collate, evaluation_batches, load_tasks, select_tasks
 from arc_data import test_contexts as test_items
-from arc_system import ARCSystem, build_optimizers, choose_runtime
+from arc_system import ARCSystem, Runtime, build_optimizers, choose_runtime
 from config import TrainConfig, resolve, with_values
 from demo_prior import Preference
 from evaluate import (
@@ -675,6 +675,15 @@ def test_search_changes_nothing_in_the_system(items):
     first = validate(system, RUNTIME, items, 4096)
     assert not differences(before, snapshot(system, build_optimizers(system)))
     assert validate(system, RUNTIME, items, 4096) == first
+
+
+def test_search_works_under_autocast(items):
+    system = searching(items, agent__answer_confidence=NEVER)
+    query, _ = collate([context for context, _ in items[:4]])
+    half = Runtime(torch.device("cpu"), "bf16", "", torch.amp.GradScaler("cpu", enabled=False))
+    prediction, exact = predict(system, query, half), predict(system, query, RUNTIME)
+    assert prediction.embedding.isfinite().all() and (prediction.embedding != prediction.scene.embedding).any()
+    assert prediction.grid.shape == exact.grid.shape
 
 
 def test_refine_none_predicts_with_the_prompt_as_written(items):
