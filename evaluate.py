@@ -37,6 +37,7 @@ from reward_shaping import cells_union, color_counts, potentials, skill
 RESAMPLES = 10_000  # of a bootstrap interval of counts
 RESAMPLES_OF_A_MEAN = 2_000
 MEAN_FACTORS = (1, 0, 0.5, 2, 3, 4)  # how far a search may go along the policy's mean move
+PLANNED_TOGETHER = 8  # moves of a search that are planned in one batch; bounds its memory
 STEP_LENGTHS = (1, 2, 4)  # of the policy gradient at prediction, in mean lengths of a sampled move
 NAMES_SHOWN = 3  # of the hypotheses that carried the prior's exact answers
 
@@ -211,6 +212,9 @@ class Demonstrations:
 
         0 for a context with a single demonstration.
         """
+        return torch.cat([self._nats(some) for some in moves.split(PLANNED_TOGETHER)])
+
+    def _nats(self, moves: Tensor) -> Tensor:
         count, total = len(moves), torch.zeros(moves.shape[:2], device=moves.device)
         for embedding, reading, target, owners in self.parts:
             planned = self.agent.plan(reading.repeat(count), (embedding + moves[:, owners]).flatten(0, 1))

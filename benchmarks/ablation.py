@@ -36,7 +36,7 @@ import numpy as np
 
 METRICS = {"nats": "nats per cell", "cells_true": "cells", "planned_exact": "planner exact", "exact": "exact"}
 RESAMPLES = 4000
-LARGEST = 4  # effects that `confirm` looks at again, besides RL and memory
+LARGEST = 8  # effects that `confirm` looks at again, besides RL and memory
 
 
 @dataclass(frozen=True)
