@@ -34,6 +34,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np
 
+from config import TrainConfig, all_settings, parse_command_line, with_values
+
 METRICS = {"nats": "nats per cell", "cells_true": "cells", "planned_exact": "planner exact", "exact": "exact"}
 RESAMPLES = 4000
 LARGEST = 8  # effects that `confirm` looks at again, besides RL and memory
@@ -105,7 +107,6 @@ def train_and_collect(flags: list[str], prediction_arms: dict[str, str]) -> dict
     import torch
 
     import trainloop_complete_with_fixes as driver
-    from config import from_dict, parse_command_line, to_dict
     from evaluate import collect
     from report import Console
 
@@ -117,13 +118,9 @@ def train_and_collect(flags: list[str], prediction_arms: dict[str, str]) -> dict
         driver.train_epoch(run, epoch)
         run.state.validated = True
     seconds = time.monotonic() - began
-    results, settings = {}, to_dict(run.system.config)
+    results, trained = {}, run.system.config
     for name, more in {"": "", **prediction_arms}.items():
-        chosen, changed = parse_command_line(more.split()), to_dict(run.system.config)
-        for path in chosen.explicit:
-            section, _, field = path.partition(".")
-            changed[section][field] = to_dict(chosen.config)[section][field]
-        config = from_dict(type(run.system.config), changed)
+        config = with_flags(trained, more)
         run.system.config, run.system.memory.config = config, config.memory
         with run.average.swapped():
             tally = collect(run.system, run.runtime, run.items, run.config.data.batch_cells * 2)
@@ -131,11 +128,16 @@ def train_and_collect(flags: list[str], prediction_arms: dict[str, str]) -> dict
         results[name] = {metric: tally.values(metric)[order].tolist() for metric in (*METRICS, "unrefined_nats",
                          "prior_nats", "exact_prior", "after", "before")}  # fmt: skip
         results[name]["tasks"] = [context.task_id for context, _ in run.items]
-    config = from_dict(type(run.system.config), settings)
-    run.system.config, run.system.memory.config = config, config.memory
     run.close()
     results[""] |= {"seconds": seconds, "steps": run.state.step, "torch": torch.__version__}
     return results
+
+
+def with_flags(config: TrainConfig, flags: str) -> TrainConfig:
+    """Return the settings with those changed that the driver's flags name."""
+    chosen = parse_command_line(flags.split())
+    values = {path: value for path, _, value in all_settings(chosen.config)}
+    return with_values(config, {path: values[path] for path in chosen.explicit})
 
 
 def plan(args: argparse.Namespace, arms: list[str], seeds: list[int]) -> list[tuple[str, int]]:

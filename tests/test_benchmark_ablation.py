@@ -31,6 +31,15 @@ def test_prediction_arms_change_nothing_that_training_reads():
         assert not arm.predicts or sections <= {"evaluation", "memory"}
 
 
+def test_a_prediction_arm_changes_its_own_settings_and_keeps_all_others():
+    trained = resolve(parse_command_line(["--refine-samples", "3"]).config, "cpu")
+    changed = ablation.with_flags(trained, "--memory-similarity 1")
+    before, after = to_dict(trained), to_dict(changed)
+    assert after["memory"]["memory_similarity"] == 1 and after["evaluation"] == before["evaluation"]
+    after["memory"]["memory_similarity"] = before["memory"]["memory_similarity"]
+    assert after == before and ablation.with_flags(trained, "") == trained
+
+
 def write_result(args, arm, seed, *, tasks, predictions=None, **values):
     path = ablation.result_path(args, arm, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,3 +115,14 @@ def test_one_run_gives_the_values_of_every_output_for_itself_and_the_prediction_
     assert all(len(values[metric]) == 8 for values in found.values() for metric in ablation.METRICS)
     assert found["refine none"]["nats"] == own["unrefined_nats"] != own["nats"]
     assert found["refine none"]["prior_nats"] == own["prior_nats"]
+
+
+def test_every_prediction_arm_starts_from_the_settings_that_were_trained(new_flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arms = {"changed": "--refine none", "again": "", "memory": "--memory-similarity 1"}
+    with own_process():
+        found = ablation.train_and_collect(
+            new_flags("--epochs", 1, "--max-batches", 2, "--refine-samples", 2, "--answer-confidence", 2), arms
+        )
+    assert found["again"]["nats"] == found[""]["nats"] != found["changed"]["nats"]
+    assert found["memory"]["nats"] != found["changed"]["nats"]  # it still searches
