@@ -82,8 +82,11 @@ def overfit(data: Path, out: Path, kappa: float, seconds: float, flags: list[str
     return right, run.sampler.num_pairs, spent, epoch
 
 
-def step_once(run: driver.Run, epoch: int, k: int, share: float) -> None:
-    """Take one training step of the real system; the learning rate falls linearly to a fifth over the time given."""
+def step_once(run: driver.Run, epoch: int, k: int, share: float = 0.0) -> int:
+    """Take one training step of the real system; return the number of pairs.
+
+    The learning rate falls linearly to a fifth over the time given, of which `share` is over.
+    """
     state = run.state
     query, answer = (part.to(run.runtime.device) for part in run.sampler.batch(epoch, k))
     rl_every = run.config.policy.rl_every
@@ -96,6 +99,7 @@ def step_once(run: driver.Run, epoch: int, k: int, share: float) -> None:
         run.average.update()
         driver.learn_from(run.system, query, answer, result, state.step)
     state.step += 1
+    return len(query)
 
 
 def main() -> int:

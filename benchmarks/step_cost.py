@@ -18,7 +18,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before numpy
 
@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from overfit import step_once
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -118,21 +119,6 @@ def prepare_priors(run: driver.Run, count: int) -> None:
     )
     print(f"priors: computing {plan.missing} inputs, {plan.found} found", flush=True)
     run.system.prior.build(plan)
-
-
-def step_once(run: driver.Run, epoch: int, k: int) -> int:
-    """Take one training step as the driver does; return the number of pairs."""
-    state, rl_every = run.state, run.config.policy.rl_every
-    query, answer = run.sampler.batch(epoch, k)
-    moment = driver.Moment(state.step, epoch + k / run.batches(epoch), bool(rl_every) and state.step % rl_every == 0)
-    driver.set_learning_rate(run.optimizers, min((state.step + 1) / 10, 1.0))
-    result = driver.train_step(run.system, query, answer, moment)
-    update = driver.apply_gradients(result, run.system, run.optimizers, run.runtime, watch_qwen=False)
-    if update.taken:
-        run.average.update()
-        driver.learn_from(run.system, query, answer, result, state.step)
-    state.step += 1
-    return len(query)
 
 
 def go_back_through_loss(loss: torch.nn.Module, args: tuple, kwargs: dict) -> None:
