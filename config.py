@@ -62,7 +62,16 @@ class RunConfig:
         " default: $ARC_CACHE_DIR, else arc_efe in $XDG_CACHE_HOME or ~/.cache",
     )
     save_every: int = setting(50, "batches between checkpoints; one is also written at each epoch's end", low=1)
+    save_minutes: float = setting(10.0, "a checkpoint is also written when the last one is this old; 0: never", low=0)
+    save_share: float = setting(
+        0.05,
+        "largest share of the time that training waits for saving; checkpoints get rarer instead."
+        " 0: keep to --save-every, whatever it costs",
+        low=0,
+        high=1,
+    )
     keep: int = setting(5, "checkpoints to keep; fewer when one exceeds 500 MB", low=2)
+    backup: str = setting("", "second folder (Google Drive, for one) that gets a verified copy of each new checkpoint")
     log_every: int = setting(50, "batches between log lines; one is also written at each epoch's last batch", low=1)
     eval_every: int = setting(1, "epochs between validations; the last epoch is always validated", low=1)
     eval_tasks: int = setting(0, "validate on at most this many tasks, chosen by hash; 0: all", low=0)

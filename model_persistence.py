@@ -19,10 +19,11 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,12 +41,13 @@ try:
 except ImportError:  # Windows: only the heartbeat protects a run
     fcntl = None
 
-FORMAT = 3  # 2: the loop state holds the health flags; 3: the backward planner has weights of its own
+FORMAT = 4  # 2: the loop state holds health flags; 3: the backward planner has own weights; 4: segments, rollbacks
 CHECKPOINTS, BEST_DELTA, LOCK = "checkpoints", "best_delta.pt", ".lock"
 STEP_NAME = re.compile(r"step_(\d{9,})\.pt")
 TEMPORARY_NAME = re.compile(r"\.tmp-(\d+)-.*")
 HUGE = 500_000_000  # bytes; above this only KEEP_HUGE checkpoints stay
 KEEP_HUGE = 2
+PINNED_BYTES = 2**31
 RETRY_SECONDS = (0.5, 2.0)
 HEARTBEAT_LIMIT = 120.0  # seconds after which another host's lock is void
 HEARTBEAT_INTERVAL = 5.0
@@ -82,10 +84,68 @@ def plain(obj: Any) -> Any:
 
 def snapshot(obj: Any) -> Any:
     """Return `plain(obj)` with every tensor copied to the host; tied tensors stay tied, views become compact."""
-    return _convert(obj, "state", {})
+    return HostCopy().take(obj)
 
 
-def _convert(obj: Any, place: str, copies: dict[tuple, Tensor] | None) -> Any:
+class HostCopy:
+    """Copies nested data to the host, into buffers of its own that the next copy writes over.
+
+    The first copy is slower, because it touches memory that is new. Buffers for tensors of a GPU are pinned as long as
+    all of them together stay below PINNED_BYTES, and then filled without waiting for one another.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._copies: dict[tuple, Tensor] = {}
+        self._pinned = 0
+
+    def take(self, obj: Any) -> Any:
+        """Return `snapshot(obj)`; what the copy before returned must not be needed any more."""
+        self._copies = {}
+        try:
+            taken = _convert(obj, "state", self)
+        finally:
+            is_cuda = any(key[-1].type == "cuda" for key in self._copies)
+            self._copies = {}
+        if is_cuda:
+            torch.cuda.synchronize()
+        return taken
+
+    def tensor(self, tensor: Tensor, place: str) -> Tensor:
+        """Return the copy of one tensor; one that was met before gives the same copy."""
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and key in self._copies:
+            return self._copies[key]
+        buffer = self._buffers.get(place)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._buffers[place] = self._allocate(tensor)
+        buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        self._copies[key] = buffer
+        return buffer
+
+    def _allocate(self, tensor: Tensor) -> Tensor:
+        size = tensor.numel() * tensor.element_size()
+        pin = tensor.is_cuda and self._pinned + size <= PINNED_BYTES
+        self._pinned += size if pin else 0
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether no floating-point value is nan or infinite; the host waits once per device for it."""
+    floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    largest = torch._foreach_norm(floating, float("inf")) if floating else []
+    return all(bool(torch.isfinite(value)) for value in _per_device(largest))
+
+
+def _per_device(values: Iterable[Tensor]) -> list[Tensor]:
+    """Return the largest value of each device; nan where one is nan."""
+    groups: dict[torch.device, list[Tensor]] = {}
+    for value in values:
+        groups.setdefault(value.device, []).append(value.float())
+    return [torch.stack(group).max() for group in groups.values()]
+
+
+def _convert(obj: Any, place: str, copies: HostCopy | None) -> Any:
     if isinstance(obj, Tensor):
         return _convert_tensor(obj, place, copies)
     if isinstance(obj, dict):
@@ -100,15 +160,10 @@ def _convert(obj: Any, place: str, copies: dict[tuple, Tensor] | None) -> Any:
     return _convert_scalar(obj, place)
 
 
-def _convert_tensor(tensor: Tensor, place: str, copies: dict[tuple, Tensor] | None) -> Tensor:
+def _convert_tensor(tensor: Tensor, place: str, copies: HostCopy | None) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise CheckpointError(f"cannot save {place}: a tensor that is sparse, quantised or without data", exit_code=1)
-    if copies is None:
-        return tensor.detach()
-    key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-    if not tensor.numel() or key not in copies:
-        copies[key] = tensor.detach().to("cpu", copy=True).contiguous()
-    return copies[key]
+    return tensor.detach() if copies is None else copies.tensor(tensor, place)
 
 
 def _convert_key(key: Any, place: str) -> Any:
@@ -145,7 +200,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return path
 
 
@@ -154,10 +209,14 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         match = TEMPORARY_NAME.fullmatch(path.name)
         if match and (int(match[1]) == os.getpid() or not _is_alive(int(match[1]))):
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make renames and deletions in a folder last. Raises: OSError."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -289,14 +348,15 @@ class CheckpointStore:
     """The checkpoints of one run, written by one process (see RunLock).
 
     `say` receives whole lines ("warning: ..."); a save that fails is a warning, returns None and counts in
-    `failed_saves`, which the next success sets back to 0.
+    `failed_saves`, which the next success sets back to 0. Best weights and best_delta.pt do not count.
     """
 
     def __init__(self, run_dir: Path | str, keep: int = 5, *, run_id: str,
                  say: Callable[[str], None] = _print_to_stderr, sleep: Callable[[float], None] = time.sleep):
         self.folder = Path(run_dir) / CHECKPOINTS
         self.keep, self.run_id, self.failed_saves = max(keep, 2), run_id, 0
-        self._say, self._sleep = say, sleep
+        self.seconds = 0.0  # that the last write took
+        self.say, self._sleep = say, sleep
         self._owners: dict[tuple[str, int, int], str | None] = {}
         self._said: set[str] = set()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -319,11 +379,14 @@ class CheckpointStore:
         envelope = self._envelope(step, payload)
 
         def attempt() -> Path:
-            self._require_space(_count_bytes(payload))
+            self._require_space(count_bytes(payload))
             return write_atomic(path, lambda temporary: _write_torch(envelope, temporary))
 
-        written = self._attempt(attempt, f"checkpoint of step {step}")
+        began = time.monotonic()
+        written = self.attempt(attempt, f"checkpoint of step {step}")
+        self.failed_saves = 0 if written else self.failed_saves + 1
         if written:
+            self.seconds = time.monotonic() - began
             self._owners[_identity(path)] = self.run_id
             self._prune()
         return written
@@ -333,7 +396,7 @@ class CheckpointStore:
         target = self.folder / BEST_DELTA
         if isinstance(source, dict):
             envelope = self._envelope(step, snapshot(source))
-            size, write = _count_bytes(envelope), lambda temporary: _write_torch(envelope, temporary)
+            size, write = count_bytes(envelope), lambda temporary: _write_torch(envelope, temporary)
         else:
             size, write = Path(source).stat().st_size, lambda temporary: _copy(Path(source), temporary)
 
@@ -341,10 +404,10 @@ class CheckpointStore:
             self._require_space(size)
             return write_atomic(target, write)
 
-        return self._attempt(attempt, BEST_DELTA)
+        return self.attempt(attempt, BEST_DELTA)
 
-    def latest(self) -> Checkpoint | None:
-        """Return the newest checkpoint of this run whose content is whole; None if there is none.
+    def latest(self, accept: Callable[[Checkpoint], bool] = lambda checkpoint: True) -> Checkpoint | None:
+        """Return the newest checkpoint of this run whose content is whole and which `accept` takes, None without one.
 
         A damaged file is renamed to *.corrupt and named in a warning, with the one used instead.
         Raises: CheckpointError when a newer program wrote the newest one.
@@ -362,7 +425,7 @@ class CheckpointStore:
             except OSError as error:
                 damaged.append((path, f"cannot be read: {error.strerror or error}", time.time()))
             else:
-                if checkpoint.run_id == self.run_id:
+                if checkpoint.run_id == self.run_id and accept(checkpoint):
                     found = checkpoint
                     break
                 self._say_once(f"note: {CHECKPOINTS}/{path.name} belongs to another run ({checkpoint.run_id}); ignored")
@@ -371,8 +434,12 @@ class CheckpointStore:
             if found:
                 minutes = max(0, round((modified - found.saved_at) / 60))
                 instead = f"using {found.path.name} from {minutes} min before"
-            self._say(f"warning: {CHECKPOINTS}/{path.name} is damaged ({reason}); {instead}")
+            self.say(f"warning: {CHECKPOINTS}/{path.name} is damaged ({reason}); {instead}")
         return found
+
+    def kept(self, size: int) -> int:
+        """Return how many checkpoints of this size in bytes stay."""
+        return min(self.keep, KEEP_HUGE) if size > HUGE else self.keep
 
     def set_aside_after(self, step: int) -> list[Path]:
         """Return this run's checkpoints beyond `step`, renamed to *.superseded; for going on from an older one."""
@@ -388,8 +455,8 @@ class CheckpointStore:
         return {"format": FORMAT, "program": VERSION, "run_id": self.run_id, "step": int(step),
                 "saved_at": time.time(), "payload": payload}
 
-    def _attempt(self, action: Callable[[], Path], what: str) -> Path | None:
-        """Return what the action returns; on a system error try twice more, then warn."""
+    def attempt(self, action: Callable[[], Path], what: str) -> Path | None:
+        """Return what the action returns; on a system error try twice more, then warn and return None."""
         reason = ""
         for delay in (*RETRY_SECONDS, None):
             try:
@@ -402,12 +469,10 @@ class CheckpointStore:
                 if delay is not None:
                     self._sleep(delay)
             else:
-                self.failed_saves = 0
                 return written
-        self.failed_saves += 1
         newest = next(iter(self._own()), None)
         kept = f"last good checkpoint: {newest.name}" if newest else "no checkpoint exists yet"
-        self._say(f"warning: {what} not saved ({reason}); {kept}; training goes on")
+        self.say(f"warning: {what} not saved ({reason}); {kept}; training goes on")
         return None
 
     def _require_space(self, size: int) -> None:
@@ -460,7 +525,7 @@ class CheckpointStore:
     def _say_once(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
-            self._say(message)
+            self.say(message)
 
 
 def _identity(path: Path) -> tuple[str, int, int]:
@@ -468,7 +533,7 @@ def _identity(path: Path) -> tuple[str, int, int]:
     return path.name, stat.st_size, stat.st_mtime_ns
 
 
-def _count_bytes(obj: Any, seen: set[int] | None = None) -> int:
+def count_bytes(obj: Any, seen: set[int] | None = None) -> int:
     """Return the bytes of all tensors in plain data, shared ones once."""
     seen = set() if seen is None else seen
     if isinstance(obj, Tensor):
@@ -478,7 +543,7 @@ def _count_bytes(obj: Any, seen: set[int] | None = None) -> int:
         return obj.numel() * obj.element_size()
     if isinstance(obj, dict):
         obj = list(obj.values())
-    return sum(_count_bytes(value, seen) for value in obj) if isinstance(obj, (list, tuple)) else 0
+    return sum(count_bytes(value, seen) for value in obj) if isinstance(obj, (list, tuple)) else 0
 
 
 def _copy(source: Path, temporary: Path) -> None:
@@ -487,7 +552,101 @@ def _copy(source: Path, temporary: Path) -> None:
         write.flush()
 
 
-# 5. Best weights ---------------------------------------------------------------------------------------------------
+# 5. Saving beside training -----------------------------------------------------------------------------------------
+
+
+class Saver:
+    """Saves a run while it trains: the caller waits for a copy on the host, a thread does everything that is slow.
+
+    One save at a time, so there is never more than one copy. `best_folder` holds the best weights. A save is due at
+    every `every`-th batch of an epoch and when the last one is `minutes` old. With `share` above 0 it is put off while
+    the one before is still being written, and until it costs at most that share of the time.
+    """
+
+    def __init__(self, store: CheckpointStore, best_folder: Path, every: int, *, share: float = 0.05,
+                 minutes: float = 0.0, clock: Callable[[], float] = time.monotonic):
+        self.store, self.best_folder, self.every, self.share, self.minutes = store, best_folder, every, share, minutes
+        self.stall = 0.0  # seconds that the caller waited in the last save
+        self.saved_step = -1  # of the newest save that was written
+        self._clock, self._host = clock, HostCopy()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._owed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._last, self._put_off, self._told = clock(), False, False
+
+    def is_due(self, batch: int) -> bool:
+        """Return whether a save should be made after this many batches of the epoch."""
+        now = self._clock()
+        old = bool(self.minutes) and now - self._last >= 60 * self.minutes
+        if batch % self.every and not old and not self._put_off:
+            return False
+        self._put_off = bool(self.share) and (self.is_busy() or self.stall > self.share * (now - self._last))
+        if self._put_off and not self._told:
+            self._told = True
+            seconds = self.stall + self.store.seconds
+            self.store.say(f"note: a save takes {seconds:.1f} s, so checkpoints are written less often than every "
+                           f"{self.every} batches (--save-share 0 forbids that)")
+        return not self._put_off
+
+    def is_busy(self) -> bool:
+        """Return whether a save is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, step: int, payload: dict[str, Any], *,
+             best: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None, is_best_delta: bool = False,
+             then: Callable[[], None] = lambda: None) -> None:
+        """Start to write the best weights (tensors, facts) if given, the checkpoint, and best_delta.pt if it is that.
+
+        `then` is called afterwards. Returns once everything is copied and may change again. What the disk refuses is a
+        warning and `store.failed_saves`.
+        Raises: CheckpointError when something is not plain data; whatever the save before raised unexpectedly.
+        """
+        began = self._clock()
+        self.wait()
+        tensors, facts = best if best is not None else ({}, {})
+        taken = self._host.take({"payload": payload, "tensors": dict(tensors), "facts": dict(facts)})
+        weights = (taken["tensors"], taken["facts"]) if best is not None else None
+        work = (step, taken["payload"], weights, is_best_delta, then)
+        self._thread = threading.Thread(target=self._write, args=work, name="saver")
+        self._thread.start()
+        self._last, self._put_off = self._clock(), False
+        self.stall = self._last - began
+
+    def wait(self) -> None:
+        """Return once everything is on the disk. Raises: whatever the writing raised unexpectedly, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, step: int, payload: dict[str, Any], best: tuple[dict[str, Tensor], dict[str, Any]] | None,
+               is_best_delta: bool, then: Callable[[], None]) -> None:
+        try:
+            self._write_best(best)
+            path = self.store.write(step, payload)
+            if path is not None:
+                self.saved_step = step
+                if is_best_delta:
+                    self.store.save_best_delta(path)
+                then()
+        except BaseException as error:  # raised again by `wait`, on the thread that can handle it
+            self._error = error
+
+    def _write_best(self, best: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
+        """Write the best weights, or those that an earlier save could not write."""
+        best = best if best is not None else self._owed
+        if best is None:
+            return
+        tensors, facts = best
+        if self.store.attempt(lambda: save_best_weights(self.best_folder, tensors, facts), "best weights"):
+            self._owed = None
+        else:  # copied, because the buffers are used again
+            self._owed = ({name: value.clone() for name, value in tensors.items()}, facts)
+
+
+# 6. Best weights ---------------------------------------------------------------------------------------------------
 
 
 def save_best_weights(folder: Path | str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
@@ -532,7 +691,7 @@ def _strip_places(config: dict[str, Any]) -> dict[str, Any]:
     return stripped
 
 
-# 6. Lock -----------------------------------------------------------------------------------------------------------
+# 7. Lock -----------------------------------------------------------------------------------------------------------
 
 
 class RunLock:
@@ -627,7 +786,7 @@ def _try_flock(descriptor: int) -> bool | None:
     return True
 
 
-# 7. Signals ---------------------------------------------------------------------------------------------------------
+# 8. Signals ---------------------------------------------------------------------------------------------------------
 
 
 class StopFlag:
@@ -650,7 +809,10 @@ class StopFlag:
         self._say("stopping after this batch ... (press again to stop at once; the last checkpoint stays valid)")
 
 
-# 8. Finding the run to resume --------------------------------------------------------------------------------------
+# 9. Finding the run to resume --------------------------------------------------------------------------------------
+
+
+BACKUP_MARKER = "backup.json"  # in the copy of a run folder that a backup holds
 
 
 @dataclass(frozen=True)
@@ -667,53 +829,93 @@ class RunChoice:
     run_id: str
     explicit: bool = False
 
+    @property
+    def is_backup(self) -> bool:
+        """Return whether the folder is a backup of a run, which has to be brought back before it is trained."""
+        return (self.path / BACKUP_MARKER).is_file()
 
-def find_run(out_dir: Path | str, resume: str | bool = "latest") -> RunChoice | None:
+    def moved(self, path: Path) -> RunChoice:
+        """Return the same choice in a copy of the run folder."""
+        return replace(self, path=path, checkpoint=path / self.checkpoint.relative_to(self.path))
+
+
+def find_run(out_dir: Path | str, resume: str | bool = "latest", backup: Path | str = "") -> RunChoice | None:
     """Return the run that `resume` means: true, latest...: newest loadable, unfinished first; else a path or name.
 
-    None only for "auto" when there is no checkpoint at all (start fresh). Nothing is renamed or written.
-    Raises: CheckpointError with exit code 5 when nothing can be resumed.
+    The runs in the folder `backup` count as well: of a run that is in both places the one with the newer checkpoint,
+    and of equal ones that in `out_dir`. None only for "auto" when there is no checkpoint at all (start fresh).
+    Nothing is renamed or written. Raises: CheckpointError with exit code 5 when nothing can be resumed.
     """
-    out_dir, word = Path(out_dir), str(resume).strip()
+    places = [Path(out_dir), *([Path(backup).expanduser()] if backup else [])]
+    word = str(resume).strip()
     if word.lower() not in LATEST_WORDS:
-        return _find_named(out_dir, word)
-    runs = [path for path in (out_dir.iterdir() if out_dir.is_dir() else ())
-            if path.is_dir() and ((path / CHECKPOINTS).is_dir() or (path / "run.json").is_file())]
-    ranked = sorted(runs, key=lambda run: (_read_run(run).get("status") != "finished", _time_of(run), run.name),
-                    reverse=True)
-    for run in ranked:
-        choice = _choose(run, list_checkpoints(run))
-        if choice:
-            return choice
+        return _find_named(places, word)
+    runs = [run for place in places for run in _runs_in(place)]
+    choice = _newest(runs)
+    if choice is not None:
+        return choice
     if word.lower() == "auto" and not any(list_checkpoints(run) for run in runs):
         return None
     looked = f"looked at {len(runs)}: none has a loadable checkpoint" if runs else "there are no runs"
+    where = " and ".join(f"{place}/" for place in places)
     raise CheckpointError(
-        f"--resume: no run to resume under {out_dir}/ ({looked})",
-        f"start one without --resume, or --resume {out_dir}/NAME --epochs 30 to extend a finished run")
+        f"--resume: no run to resume under {where} ({looked})",
+        f"start one without --resume, or --resume {places[0]}/NAME --epochs 30 to extend a finished run")
 
 
-def _find_named(out_dir: Path, word: str) -> RunChoice:
+def _runs_in(place: Path) -> list[Path]:
+    """Return the folders in a folder that look like runs; none of a folder that cannot be read."""
+    try:
+        return [path for path in (place.iterdir() if place.is_dir() else ()) if not path.name.startswith(".")
+                and path.is_dir() and ((path / CHECKPOINTS).is_dir() or (path / "run.json").is_file())]
+    except OSError:
+        return []
+
+
+def _newest(runs: list[Path]) -> RunChoice | None:
+    """Return the unfinished run with the newest whole checkpoint, else such a finished one, else None."""
+    groups: dict[str, list[Path]] = {}
+    for run in runs:
+        groups.setdefault(run.name, []).append(run)
+
+    def rank(name: str) -> tuple[bool, float, str]:
+        times = {run: _time_of(run) for run in groups[name]}
+        newest = max(groups[name], key=lambda run: times[run])  # the first of equals
+        return _status_of(newest) != "finished", times[newest], name
+
+    for name in sorted(groups, key=rank, reverse=True):
+        choices = [choice for run in groups[name] if (choice := _choose(run, list_checkpoints(run)))]
+        if choices:
+            return max(choices, key=lambda choice: choice.step)  # the first of equals
+    return None
+
+
+def _find_named(places: list[Path], word: str) -> RunChoice:
     path = Path(word).expanduser()
-    if not path.exists() and (out_dir / word).exists():
-        path = out_dir / word
-    if path.is_file():
-        run = path.absolute().parent.parent if path.absolute().parent.name == CHECKPOINTS else path.absolute().parent
-        try:
-            checkpoint = read_checkpoint(path)
-        except (DamagedError, OSError) as error:
-            raise CheckpointError(f"--resume: {path} is damaged ({error})",
-                                  f"--resume {run} takes its newest whole one") from error
-        return RunChoice(run, _status_of(run), path, checkpoint.step, checkpoint.run_id, explicit=True)
-    if path.is_dir():
-        choice = _choose(path, list_checkpoints(path))
+    named = [place / word for place in places if (place / word).exists()] if not path.exists() else [path]
+    if named and named[0].is_file():
+        return _choose_file(named[0])
+    if named:
+        within = [run for folder in named for run in _runs_in(folder)]
+        choice = _newest([run for run in named if (run / CHECKPOINTS).is_dir()] or within)
         if choice:
             return choice
-        raise CheckpointError(f"--resume: {path} has no loadable checkpoint", "start one without --resume")
-    names = [run.name for run in out_dir.iterdir() if run.is_dir()] if out_dir.is_dir() else []
+        raise CheckpointError(f"--resume: {named[0]} has no loadable checkpoint", "start one without --resume")
+    names = {run.name: run for place in reversed(places) for run in _runs_in(place)}
     close = difflib.get_close_matches(Path(word).name, names, n=1)
-    hint = f"did you mean {out_dir / close[0]}?" if close else "--resume alone takes the newest run"
+    hint = f"did you mean {names[close[0]]}?" if close else "--resume alone takes the newest run"
     raise CheckpointError(f"--resume: no such run or checkpoint: {word}", hint)
+
+
+def _choose_file(path: Path) -> RunChoice:
+    """Return the run of a checkpoint file that the user named."""
+    run = path.absolute().parent.parent if path.absolute().parent.name == CHECKPOINTS else path.absolute().parent
+    try:
+        checkpoint = read_checkpoint(path)
+    except (DamagedError, OSError) as error:
+        raise CheckpointError(f"--resume: {path} is damaged ({error})",
+                              f"--resume {run} takes its newest whole one") from error
+    return RunChoice(run, _status_of(run), path.absolute(), checkpoint.step, checkpoint.run_id, explicit=True)
 
 
 def _choose(run: Path, paths: Iterable[Path]) -> RunChoice | None:
@@ -746,7 +948,7 @@ def _status_of(run: Path) -> str:
     return str(_read_run(run).get("status", "unknown"))
 
 
-# 9. Random state ---------------------------------------------------------------------------------------------------
+# 10. Random state ---------------------------------------------------------------------------------------------------
 
 
 def rng_state() -> dict[str, Any]:

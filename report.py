@@ -6,6 +6,7 @@ numbers. Used by the driver and by evaluation. Results go to stdout and run.log;
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.metadata
 import io
@@ -16,6 +17,7 @@ import platform
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from datetime import datetime
@@ -85,17 +87,26 @@ def _read_json(path: Path, kind: type) -> Any:
     return value
 
 
+def require_mounted(folder: str | Path) -> None:
+    """Refuse a folder on Google Drive that is not mounted: it would be an ordinary folder, which dies with the machine.
+
+    Raises: RunFolderError with the cell that mounts it.
+    """
+    folder = Path(folder).absolute()
+    if DRIVE in (folder, *folder.parents) and not os.path.ismount(DRIVE):
+        raise RunFolderError(
+            f"{DRIVE} is not mounted; files written there would be lost",
+            f"in a cell: from google.colab import drive; drive.mount('{DRIVE}')",
+        )
+
+
 def check_writable(out: str | Path) -> None:
     """Create the output folder and prove that files can be written there.
 
     Raises: RunFolderError naming the folder and the system's reason.
     """
     out = Path(out)
-    if DRIVE in (out.absolute(), *out.absolute().parents) and not os.path.ismount(DRIVE):
-        raise RunFolderError(
-            f"{DRIVE} is not mounted; files written there would be lost",
-            f"in a cell: from google.colab import drive; drive.mount('{DRIVE}')",
-        )
+    require_mounted(out)
     probe = out / f".write_test.{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -140,6 +151,7 @@ class RunFolder:
         self.log_path = self.path / "run.log"
         self.metrics_path = self.path / "metrics.jsonl"
         self.epochs_path = self.path / "epochs.csv"
+        self._lock = threading.Lock()
         self.checkpoints.mkdir(exist_ok=True)
 
     @classmethod
@@ -191,7 +203,8 @@ class RunFolder:
         """Write run.json atomically: the new status and facts (epoch, batch, best...) over the ones already there."""
         assert status in STATUSES, status
         updated = {"status": status, "updated": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-        write_json_atomic(self.path / "run.json", {**self.read_status(), **facts, **updated})
+        with self._lock:  # checkpoints are written, and noted here, on another thread
+            write_json_atomic(self.path / "run.json", {**self.read_status(), **facts, **updated})
 
     def write_epoch(self, row: dict[str, Any]) -> None:
         """Write one row of epochs.csv; `row["epoch"]` and later rows of an earlier attempt are replaced."""
@@ -217,20 +230,27 @@ def read_epochs(path: str | Path) -> list[dict[str, str]]:
 class MetricLog:
     """metrics.jsonl: one JSON object per line, written through at once.
 
-    A line that a crash cut short is removed when the log is opened. `clock` gives the field "t" (seconds).
+    A line that a crash cut short is removed when the log is opened; lines that a full disk refuses are written later.
+    `clock` gives the field "t" (seconds).
     """
 
     def __init__(self, path: str | Path, clock: Callable[[], float] = time):
         self.path = Path(path)
         self._clock = clock
-        self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by `close`)
+        self._waiting = b""
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (closed by `close`)
         self._drop_partial_line()
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one object; "t" comes first unless the record has its own. Non-finite floats become strings."""
         line = json.dumps(_plain({"t": round(self._clock(), 3), **record}), allow_nan=False, separators=(",", ":"))
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        self._waiting += line.encode() + b"\n"
+        size = self.offset()
+        with contextlib.suppress(OSError):  # of a full disk, which saving checkpoints complains about
+            if self._file.write(self._waiting) == len(self._waiting):
+                self._waiting = b""
+            else:
+                self._file.truncate(size)
 
     def offset(self) -> int:
         """Return the size of the log in bytes, to be stored in a checkpoint."""
@@ -238,7 +258,7 @@ class MetricLog:
 
     def truncate(self, offset: int) -> int:
         """Return how many bytes were cut to bring the log back to a checkpoint's offset; a shorter log stays."""
-        size = self.offset()
+        size, self._waiting = self.offset(), b""
         if offset < size:
             self._file.truncate(offset)
             self._drop_partial_line()
@@ -250,7 +270,7 @@ class MetricLog:
 
     def _drop_partial_line(self) -> None:
         self._file.seek(0)
-        content = self._file.read()
+        content = self._file.readall()
         if content and not content.endswith(b"\n"):
             self._file.truncate(content.rfind(b"\n") + 1)
 
@@ -355,7 +375,7 @@ def _prepare(stream: IO[str]) -> None:
 
 
 class Console:
-    """Lines for the person at the screen, kept in run.log as well.
+    """Lines for the person at the screen, kept in run.log as well; several threads and a signal handler may say some.
 
     Lines said before `attach` names the log are written to it then. All text of the program is ASCII; characters of
     paths and names that the terminal cannot show become "?".
@@ -366,6 +386,7 @@ class Console:
         self._log: IO[str] | None = None
         self._waiting: list[str] = []
         self._bar: Any = None
+        self._lock = threading.RLock()  # held again by a signal handler that runs while its own thread writes
         _prepare(sys.stdout)
         _prepare(sys.stderr)
 
@@ -419,17 +440,20 @@ class Console:
             self._show(line, sys.stderr)
 
     def _record(self, text: str) -> None:
-        if self._log is None:
-            self._waiting.append(text)
-        else:
-            self._log.write(text + "\n")
+        with self._lock:
+            if self._log is None:
+                self._waiting.append(text)
+            else:
+                with contextlib.suppress(OSError):  # of a full disk, which saving checkpoints complains about
+                    self._log.write(text + "\n")
 
     def _show(self, text: str, stream: IO[str]) -> None:
-        if self._bar is None or self._bar.disable:
-            stream.write(text + "\n")
-        else:
-            self._bar.write(text, file=stream)
-        stream.flush()
+        with self._lock:
+            if self._bar is None or self._bar.disable:
+                stream.write(text + "\n")
+            else:
+                self._bar.write(text, file=stream)
+            stream.flush()
 
 
 # The lines. Numbers are plain floats; None stands for "not measured" and prints n/a.

@@ -25,9 +25,10 @@ if __name__ == "__main__":  # --help and every usage error answer before torch i
 
 import dataclasses
 import os
+import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,16 @@ from model_persistence import (
     CheckpointStore,
     RunChoice,
     RunLock,
+    Saver,
     StopFlag,
+    all_finite,
+    count_bytes,
     find_run,
+    list_checkpoints,
     read_checkpoint,
     rng_state,
-    save_best_weights,
     set_rng_state,
+    snapshot,
 )
 from policy_refined import PolicyTerms
 from qwen_hybrid_prompt import ModelError
@@ -112,15 +117,20 @@ from report import (
     environment,
     file_size,
     full_summary,
+    require_mounted,
 )
+from run_backup import Backup, bring_back
 from solver2 import Candidates
 
 MAX_BAD_STEPS = 20
+MAX_ROLLBACKS = 3
 EPOCHS_AHEAD = 20  # epochs whose batches are looked at before training when --max-batches leaves some out
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many steps in a row were not finite; the driver exits with code 1."""
+    """Too many steps in a row were not finite. Without a checkpoint left to go back to the driver exits with code 1."""
+
+    hint = "--precision fp32, or a smaller --lr and --muon-lr"
 
 
 # 1. One step ---------------------------------------------------------------------------------------------------------
@@ -278,13 +288,15 @@ class LoopState:
 
     batch is the next batch of `epoch`; step counts batches of all epochs; window and epoch_sums are sums since the last
     log line and since the epoch's start, kept on the device; memory_before holds what the memory had counted at the
-    epoch's start; best holds the best validation figures so far.
+    epoch's start; best holds the best validation figures so far; lr_factor is halved by each of the rollbacks.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     bad_steps: int = 0
+    rollbacks: int = 0
+    lr_factor: float = 1.0
     validated: bool = False
     epoch_seconds: float = 0.0
     save_seconds: float = 0.0
@@ -310,6 +322,8 @@ class Run:
     folder: RunFolder
     log: MetricLog
     store: CheckpointStore
+    saver: Saver
+    backup: Backup | None
     lock: RunLock
     runtime: Runtime
     system: ARCSystem
@@ -330,11 +344,24 @@ class Run:
         return min(count, limit) if limit else count
 
     def close(self) -> None:
-        """Free the run folder, the priors' file and the signals."""
-        self.system.prior.close()
-        self.log.close()
-        self.lock.release()
-        self.stop.release()
+        """Finish what is being written, and free the run folder, the priors' file and the signals."""
+        try:
+            self.saver.wait()
+            if self.backup is not None:
+                self.backup.offer()
+                self.backup.close()
+        finally:
+            self.system.prior.close()
+            self.log.close()
+            self.lock.release()
+            self.stop.release()
+
+    def note(self, what: str, write: Callable[[], object]) -> None:
+        """Write something that training can go on without; a failure is a warning."""
+        try:
+            write()
+        except OSError as error:
+            self.console.warn(f"{what} not written ({error.strerror or error}); training goes on")
 
     def out_of_time(self) -> bool:
         """Return True when --max-hours is over."""
@@ -353,6 +380,26 @@ def due(count: int, every: int, last: bool) -> bool:
 
 def train(run: Run) -> int:
     """Train until the last epoch, a signal, or the end of the time; return the exit code."""
+    if run.state.step == 0 and not run.store.path(0).exists():
+        save(run)  # so that --resume works from the first batch on, and a full disk shows now
+    while True:
+        try:
+            code = train_epochs(run)
+            break
+        except TrainingDiverged as problem:
+            roll_back(run, problem)
+    if code is not None:
+        return code
+    run.saver.wait()
+    state = run.state
+    run.note("run.json", lambda: run.folder.set_status("finished", epoch=state.epoch, batch=0, step=state.step,
+                                                       best=state.best))  # fmt: skip
+    require_saved(run)
+    return 0
+
+
+def train_epochs(run: Run) -> int | None:
+    """Train and validate the epochs that are left; return an exit code when the session has to end before."""
     state, config = run.state, run.config
     for epoch in range(state.epoch + state.validated, config.run.epochs):
         code = train_epoch(run, epoch)
@@ -362,10 +409,29 @@ def train(run: Run) -> int:
         if not state.validated:
             scores = run_validation(run) if due(epoch + 1, config.run.eval_every, last) else None
             finish_epoch(run, scores)
-    run.folder.set_status("finished", epoch=state.epoch, batch=0, step=state.step, best=state.best)
-    if run.store.failed_saves:
-        raise CheckpointError("the last checkpoint could not be written", "free disk space, then --resume", exit_code=4)
-    return 0
+    return None
+
+
+def roll_back(run: Run, problem: TrainingDiverged) -> None:
+    """Go back to the newest checkpoint from before the bad steps, and on with half the learning rate.
+
+    The checkpoint is written again at once, so that the rollback counts after a kill as well.
+    Raises: problem, when that was done MAX_ROLLBACKS times, or when there is no such checkpoint.
+    """
+    rollbacks = run.state.rollbacks + 1
+    run.saver.wait()
+    checkpoint = run.store.latest(lambda found: found.payload["loop"]["bad_steps"] == 0)
+    if rollbacks > MAX_ROLLBACKS or checkpoint is None:
+        raise problem
+    run.store.set_aside_after(checkpoint.step)
+    restore(run, checkpoint.payload)
+    state = run.state
+    state.rollbacks, state.lr_factor = rollbacks, 0.5**rollbacks
+    run.console.warn(f"{problem}; back to {checkpoint.path.name} with {state.lr_factor:g} of the learning rate"
+                     f" ({rollbacks}/{MAX_ROLLBACKS})")  # fmt: skip
+    run.log.append({"event": "rollback", "epoch": state.epoch, "batch": state.batch, "step": state.step,
+                    "rollbacks": rollbacks, "lr_factor": state.lr_factor})  # fmt: skip
+    save(run)
 
 
 def train_epoch(run: Run, epoch: int) -> int | None:
@@ -386,9 +452,8 @@ def train_epoch(run: Run, epoch: int) -> int | None:
         moment = Moment(state.step, epoch + state.batch / total, bool(rl_every) and state.step % rl_every == 0)
         last = state.batch + 1 == total
         logs = due(state.batch + 1, config.run.log_every, last)
-        set_learning_rate(
-            run.optimizers, learning_rate_scale(state.step, horizon, config.optim.warmup, config.optim.decay)
-        )
+        scale = learning_rate_scale(state.step, horizon, config.optim.warmup, config.optim.decay)
+        set_learning_rate(run.optimizers, scale * state.lr_factor)
         with runtime.autocast():
             result = train_step(system, query, answer, moment)
         update = apply_gradients(result, system, run.optimizers, runtime, watch_qwen=logs)
@@ -403,10 +468,8 @@ def train_epoch(run: Run, epoch: int) -> int | None:
         if logs:
             log_batch(run, update)
         stopping = run.is_over()
-        if due(state.batch, config.run.save_every, last) or stopping:
-            began = time.monotonic()
+        if last or stopping or (not state.bad_steps and run.saver.is_due(state.batch)):
             save(run)
-            state.save_seconds += time.monotonic() - began
         if stopping:
             bar.close()
             return end_session(run)
@@ -519,7 +582,7 @@ def tell_health(run: Run, changes: list[Change]) -> None:
         run.log.append({"event": "flag", "epoch": state.epoch, "batch": state.batch, "step": state.step,
                         "flag": rule.flag, "raised": raised})  # fmt: skip
     if changes:
-        run.folder.set_status("running", flags=run.health.summary())
+        run.note("run.json", lambda: run.folder.set_status("running", flags=run.health.summary()))
 
 
 def run_validation(run: Run) -> dict[str, float]:
@@ -543,29 +606,33 @@ def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
     row = {"epoch": state.epoch, "step": state.step, "memory": memory["size"], "threshold": memory["theta"]}
     row |= {name.replace("term/", "train_"): value for name, value in values.items()}
     row |= {f"val_{name}": value for name, value in (scores or {}).items()}
-    run.folder.write_epoch({**row, "train_seconds": state.epoch_seconds})
+    run.note("epochs.csv", lambda: run.folder.write_epoch({**row, "train_seconds": state.epoch_seconds}))
     run.log.append({"event": "epoch", **row, **{f"base_{k}": v for k, v in (run.baselines or {}).items()}})
     tell_health(run, run.health.judge_epoch(epoch_numbers(run, values, scores), state.step))
     state.validated = True
-    improved = scores is not None and keep_best(run, scores)
-    path = save(run)
-    if improved and path is not None:
-        run.store.save_best_delta(path)
+    weights, is_best_delta = keep_best(run, scores) if scores is not None else (None, False)
+    save(run, weights, is_best_delta)
 
 
-def keep_best(run: Run, scores: dict[str, float]) -> bool:
-    """Keep the best weights (exact, then cells, then the earlier); return True for the best Accuracy_Delta."""
-    best = run.state.best
+Weights = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def keep_best(run: Run, scores: dict[str, float]) -> tuple[Weights | None, bool]:
+    """Return (averaged weights, facts) if they are the best so far (exact, then cells, then the earlier), else None.
+
+    The second value is True for the best Accuracy_Delta.
+    """
+    best, weights = run.state.best, None
     rank = (scores["exact"], scores["cells_predicted"])
     if rank > (best.get("exact", -1), best.get("cells_predicted", -1.0)):
         best |= {"exact": scores["exact"], "cells_predicted": scores["cells_predicted"], "epoch": run.state.epoch}
         with run.average.swapped():
             tensors, facts = run.system.export_state()
-            save_best_weights(run.folder.best, tensors, {**facts, "config": portable_config(run.config)})
+            weights = snapshot(tensors), {**facts, "config": portable_config(run.config)}
     improved = scores["accuracy_delta"] > best.get("accuracy_delta", float("-inf"))
     if improved:
         best |= {"accuracy_delta": scores["accuracy_delta"], "delta_epoch": run.state.epoch}
-    return improved
+    return weights, improved
 
 
 def portable_config(config: TrainConfig) -> dict[str, Any]:
@@ -611,24 +678,81 @@ def prepare_priors(run: Run) -> None:
 # 4. Saving and resuming ----------------------------------------------------------------------------------------------
 
 
-def save(run: Run) -> Path | None:
-    """Write a checkpoint of everything that the next batch depends on; return its path, None when the disk refused."""
+def save(run: Run, best: Weights | None = None, is_best_delta: bool = False) -> None:
+    """Start to write a checkpoint of everything that the next batch depends on, and the best weights where given.
+
+    Weights that are not finite are not saved: nothing could go on from them.
+    """
     state = run.state
-    payload = {
+    if not all_finite(run.system.parameters()):
+        run.console.warn(f"the weights at step {state.step} are not finite, so they are not saved")
+        return
+    facts = {"epoch": state.epoch, "batch": state.batch, "step": state.step, "best": dict(state.best)}
+
+    def written() -> None:
+        run.note("run.json", lambda: run.folder.set_status("running", **facts))
+        if run.backup is not None:
+            run.backup.offer()
+
+    run.saver.save(state.step, checkpoint_payload(run), best=best, is_best_delta=is_best_delta, then=written)
+    state.save_seconds += run.saver.stall
+
+
+def checkpoint_payload(run: Run) -> dict[str, Any]:
+    """Return references to everything that `restore` needs."""
+    return {
         "system": run.system.checkpoint_state(),
         "optimizers": run.optimizers.state_dict(),
         "scaler": run.runtime.scaler.state_dict() if run.runtime.scaler.is_enabled() else None,
         "average": run.average.state_dict(),
         "memory": run.system.memory.state_dict(),
-        "loop": {**dataclasses.asdict(state), "health": run.health.state_dict()},
+        "loop": {**dataclasses.asdict(run.state), "health": run.health.state_dict()},
         "rng": rng_state(),
         "metrics_offset": run.log.offset(),
         "data_hash": run.data_hash,
         "config": to_dict(run.config),
     }
-    run.folder.set_status("running", epoch=state.epoch, batch=state.batch, step=state.step, best=state.best,
-                          flags=run.health.summary())  # fmt: skip
-    return run.store.save(state.step, payload)
+
+
+def require_saved(run: Run) -> None:
+    """Raise: CheckpointError unless the newest checkpoint on the disk is where the run stands."""
+    if run.saver.saved_step != run.state.step:
+        newest = next(iter(list_checkpoints(run.folder.path)), None)
+        raise CheckpointError(
+            f"the last checkpoint could not be written; the newest one is {newest.name if newest else 'none'}",
+            "free disk space, then --resume", exit_code=4)  # fmt: skip
+
+
+def require_space(run: Run) -> None:
+    """Refuse to start when the disk cannot hold what a run keeps; say so when it holds fewer checkpoints than asked.
+
+    Raises: CheckpointError with exit code 4 and both sizes.
+    """
+    size, weights = expected_sizes(run)
+    keep = run.store.kept(size)
+    already = sum(path.stat().st_size for path in run.folder.path.rglob("*") if path.is_file())
+    free = shutil.disk_usage(run.folder.path).free + already
+    # Besides what is kept: best_delta.pt, and the file that is being written.
+    most, least = (keep + 2) * size + weights, 3 * size + weights
+    if free < least:
+        raise CheckpointError(
+            f"run needs ~{file_size(least)} in {run.folder.path.parent}, {file_size(free)} free",
+            "free some, use another disk with --out DIR, or train less: --train-llm lora", exit_code=4)  # fmt: skip
+    if free < most:
+        run.console.note(f"{file_size(free)} free, {keep} checkpoints need {file_size(most)}: fewer will be kept")
+
+
+OPTIMIZER_TENSORS = {"Muon": 1, "AdamW": 2, "Adam": 2}  # as large as the parameter itself
+
+
+def expected_sizes(run: Run) -> tuple[int, int]:
+    """Return the bytes of a checkpoint once the optimizers have taken a step, and of the best weights."""
+    weights = count_bytes(run.system.checkpoint_state()) + count_bytes(run.system.memory.state_dict())
+    size = weights + count_bytes(run.average.state_dict())
+    for optimizer in (*run.optimizers.main.values(), run.optimizers.policy):
+        tensors = OPTIMIZER_TENSORS[type(optimizer).__name__]
+        size += tensors * sum(count_bytes(group["params"]) for group in optimizer.param_groups)
+    return size, weights
 
 
 def restore(run: Run, payload: dict[str, Any]) -> None:
@@ -652,9 +776,15 @@ def restore(run: Run, payload: dict[str, Any]) -> None:
 
 
 def end_session(run: Run) -> int:
-    """Say how to go on after a signal or the end of the time; return the exit code."""
+    """Wait for the checkpoint and say how to go on after a signal or the end of the time; return the exit code.
+
+    Raises: CheckpointError when it could not be written.
+    """
     state, number = run.state, run.stop.signal
-    run.folder.set_status("interrupted" if number else "paused", epoch=state.epoch, batch=state.batch)
+    run.saver.wait()
+    status = "interrupted" if number else "paused"
+    run.note("run.json", lambda: run.folder.set_status(status, epoch=state.epoch, batch=state.batch))
+    require_saved(run)
     where = f"epoch {state.epoch}, batch {state.batch} -> {run.store.path(state.step).name}"
     run.console.say(banner_line("saved", where), always=True)
     out = "" if run.config.run.out == "runs" else f" --out {run.config.run.out}"
@@ -663,9 +793,8 @@ def end_session(run: Run) -> int:
 
 
 def end_before_training(run: Run) -> int:
-    """Save where the run stands, unless that is saved already, so that --resume goes on; return the exit code."""
-    if not run.store.path(run.state.step).exists():
-        save(run)
+    """Save where the run stands, so that --resume goes on; return the exit code."""
+    save(run)
     return end_session(run)
 
 
@@ -715,6 +844,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) -> Run:
     """Return the run that the command line asks for: `chosen` is the run to resume, None for a new one."""
     config, runtime = settle(command, chosen, console)
+    require_mounted(config.run.backup or config.run.out)
     if chosen is None:
         check_writable(config.run.out)
     tasks, hashed = prepare_data(config)
@@ -739,11 +869,16 @@ def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) 
         if folder.read_config()["data_hash"] != hashed:
             raise ConfigError("the tasks have changed since the run began", "restore them, or start anew with --fresh")
     lock = RunLock(folder.path).acquire()
+    store = CheckpointStore(folder.path, keep=config.run.keep, run_id=run_id or folder.name, say=console.say)
+    saver = Saver(store, folder.best, config.run.save_every, share=config.run.save_share,
+                  minutes=config.run.save_minutes)  # fmt: skip
+    target = Path(config.run.backup).expanduser()
+    backup = Backup(folder.path, target, store.run_id, console.say) if config.run.backup else None
     return Run(
         config=config, console=console, folder=folder, log=MetricLog(folder.metrics_path), lock=lock, runtime=runtime,
-        store=CheckpointStore(folder.path, keep=config.run.keep, run_id=run_id or folder.name, say=console.say),
-        system=system, optimizers=build_optimizers(system), average=WeightAverage(system, config.optim.ema),
-        sampler=sampler, items=items, state=LoopState(), stop=StopFlag(console.say), data_hash=hashed,
+        store=store, saver=saver, backup=backup, system=system, optimizers=build_optimizers(system),
+        average=WeightAverage(system, config.optim.ema), sampler=sampler, items=items, state=LoopState(),
+        stop=StopFlag(console.say), data_hash=hashed,
     )  # fmt: skip
 
 
@@ -781,9 +916,13 @@ def start(command: CommandLine, console: Console) -> int:
     out = command.config.run.out
     if command.resume is None and not command.fresh:
         suggest_resume(Path(out), console)
-    chosen = find_run(out, command.resume) if command.resume is not None else None
+    chosen = find_run(out, command.resume, command.config.run.backup) if command.resume is not None else None
     if command.resume is not None and chosen is None:
         console.note(f"--resume auto: no run under {out}/, starting a new one")
+    if chosen is not None and chosen.is_backup:
+        check_writable(out)
+        source, chosen = chosen.path, bring_back(chosen, out)
+        console.note(f"brought {chosen.path} back from the backup {source}, {chosen.checkpoint.name}")
     run = build_run(command, console, chosen)
     try:
         resumed_at = resume_from_checkpoint(run, chosen) if chosen is not None else ""
@@ -808,6 +947,9 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
     console.attach(folder.log_path)
     console.say(banner_line("run", f"{folder.path}   (seed {config.run.seed})"))
     console.say("[OK] All models created")
+    require_space(run)
+    if run.backup is not None:
+        run.backup.offer()
     if command.dry_run:
         return dry_run(run)
     began = time.monotonic()
@@ -853,11 +995,14 @@ def dry_run(run: Run) -> int:
     with run.runtime.autocast():
         result = train_step(run.system, query, answer, Moment(0, 0.0, bool(run.config.policy.rl_every)))
     update = apply_gradients(result, run.system, run.optimizers, run.runtime, watch_qwen=True)
-    path = save(run)
+    save(run)
+    run.saver.wait()
+    require_saved(run)
     run.folder.set_status("finished")
     loss, step = float(result.total.detach()), "taken" if update.taken else "skipped"
-    run.console.say(f"dry run: one batch (loss {loss:.3f}, step {step}) and one save ({path}) work")
-    return 0 if update.taken and path is not None else 1
+    run.console.say(f"dry run: one batch (loss {loss:.3f}, step {step}) and one save"
+                    f" ({run.store.path(run.state.step)}) work")  # fmt: skip
+    return 0 if update.taken else 1
 
 
 if __name__ == "__main__":

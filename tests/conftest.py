@@ -231,7 +231,8 @@ def _score(result: driver.StepResult, answer: Any) -> list[float]:
 def reference(task_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """Return an uninterrupted run: seven batches per epoch, a checkpoint after each third one, all of them kept."""
     argv = [*SMALL, "--device", "cpu", "--data", str(task_folder), "--name", "demo", "--epochs", "2",
-            "--save-every", "3", "--keep", "50", "--log-every", "2", "--rl-every", "2"]  # fmt: skip
+            "--save-every", "3", "--save-share", "0", "--keep", "50", "--log-every", "2",
+            "--rl-every", "2"]  # fmt: skip
     scores: list[list[float]] = []
     learn = driver.learn_from
 

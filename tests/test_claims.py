@@ -349,8 +349,13 @@ def test_fix7_nonfinite_step_is_skipped_and_parameters_stay_finite(build, drive,
     monkeypatch.setattr(loss_function, "step_cost", lambda logits: step_cost(logits) * math.nan)
     assert drive(*new_flags("--name", "diverging", "--batch-size", "1", "--rl-every", "0", "--epochs", "1")) == 1
     printed = capsys.readouterr().err
-    assert printed.count("step skipped (") == driver.MAX_BAD_STEPS == 20
-    assert "error: training diverged: 20 steps in a row were not finite" in printed
+    assert driver.MAX_BAD_STEPS == 20 and driver.MAX_ROLLBACKS == 3
+    assert printed.count("step skipped (") == 20 * (1 + 3)  # from the first checkpoint each time
+    back = "warning: training diverged: 20 steps in a row were not finite; back to step_000000000.pt with "
+    shares = [f"{share} of the learning rate ({n}/3)" for n, share in enumerate(("0.5", "0.25", "0.125"), start=1)]
+    assert [line.removeprefix(back) for line in printed.splitlines() if line.startswith(back)] == shares
+    assert printed.endswith("error: training diverged: 20 steps in a row were not finite\n"
+                            "hint: --precision fp32, or a smaller --lr and --muon-lr\n")  # fmt: skip
     assert json.loads(Path("runs/diverging/run.json").read_text())["status"] == "failed"
 
 

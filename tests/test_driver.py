@@ -172,7 +172,7 @@ def test_run_folder_holds_every_file(reference):
     assert {path.name for path in reference.path.iterdir()} >= files
     assert {path.name for path in (reference.path / "best").iterdir()} == {"model.safetensors", "config.json"}
     assert (reference.path.parent / "LATEST").read_text() == "demo\n"
-    steps = [f"step_{step:09d}.pt" for step in (3, 6, 7, 10, 13, 14)]  # every third batch and each epoch's last
+    steps = [f"step_{step:09d}.pt" for step in (0, 3, 6, 7, 10, 13, 14)]  # every third batch, each epoch's last
     assert sorted(path.name for path in (reference.path / "checkpoints").iterdir()) == ["best_delta.pt", *steps]
     assert all(path.stat().st_nlink == 1 for path in (reference.path / "checkpoints").iterdir())
     state = json.loads((reference.path / "run.json").read_text())
@@ -292,7 +292,9 @@ def test_best_weights_are_those_of_the_best_validation_whatever_the_training_say
         run.state.epoch_sums = {key: torch.tensor(x) for key, x in (("count", 1.0), ("loss", loss), ("mask", wrong))}
         with torch.no_grad():
             shadow.fill_(epoch)
-        driver.keep_best(run, {"outputs": 8, "exact": exact, "cells_predicted": cells, "accuracy_delta": 0.0})
+        scores = {"outputs": 8, "exact": exact, "cells_predicted": cells, "accuracy_delta": 0.0}
+        driver.save(run, *driver.keep_best(run, scores))
+        run.saver.wait()
         kept = epoch if is_best else kept
         weights, _ = load_best_weights(run.folder.best)
         assert (weights[name] == kept).all() and run.state.best["epoch"] == kept, epoch

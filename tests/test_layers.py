@@ -33,6 +33,7 @@ LAYERS = {
     "reward_shaping": 1,
     "solver2": 1,
     "model_persistence": 1,
+    "run_backup": 1,
     "report": 1,
     "health": 1,
     "loss_function": 2,
@@ -55,6 +56,7 @@ WITHIN_LAYER = {
     ("prior_cache", "prior_store"),
     ("qwen_hybrid_prompt", "demo_prior"),
     ("solver2", "demo_prior"),
+    ("run_backup", "model_persistence"),
 }
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 

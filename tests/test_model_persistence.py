@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import stat
+import threading
 import time
 import zipfile
 from collections import OrderedDict
@@ -28,7 +29,10 @@ from model_persistence import (
     CheckpointError,
     CheckpointStore,
     DamagedError,
+    HostCopy,
     RunLock,
+    Saver,
+    all_finite,
     find_run,
     load_best_weights,
     plain,
@@ -419,6 +423,141 @@ def test_a_mutated_tensor_does_not_change_its_snapshot_when_written_later(tmp_pa
     weight.fill_(7)
     store.write(1, taken)
     assert store.latest().payload["w"].tolist() == [1, 1, 1]
+
+
+# Saving beside training
+
+
+def make_saver(run_dir: Path, every: int = 2, **options) -> tuple[Saver, list[str]]:
+    store, said = make_store(run_dir)
+    return Saver(store, run_dir / "best", every, **options), said
+
+
+def test_saver_writes_what_was_there_when_save_returned(tmp_path):
+    saver, said = make_saver(tmp_path)
+    weight, tied = torch.ones(1000), {"w": torch.zeros(3)}
+    for step in range(1, 6):
+        weight.fill_(step)
+        saver.save(step, {"a": weight, "b": weight, **tied})
+        weight.fill_(-1)
+    saver.wait()
+    found = {step: read_checkpoint(saver.store.path(step)).payload for step in range(1, 6)}
+    assert all(payload["a"].eq(step).all() and payload["b"].eq(step).all() for step, payload in found.items())
+    assert all(payload["a"].data_ptr() == payload["b"].data_ptr() for payload in found.values())  # ties stay
+    assert said == [] and saver.saved_step == 5
+
+
+def test_host_copy_uses_its_buffers_again_and_follows_a_tensor_that_grows():
+    copy, weight = HostCopy(), torch.arange(4.0)
+    first = copy.take({"w": weight, "view": weight[::2]})
+    assert first["w"].tolist() == [0, 1, 2, 3] and first["view"].tolist() == [0, 2] and first["view"].is_contiguous()
+    weight += 1
+    second = copy.take({"w": weight, "view": weight[1:]})
+    assert second["w"] is first["w"] and second["w"].tolist() == [1, 2, 3, 4]
+    assert second["view"].tolist() == [2, 3, 4]
+    assert copy.take({"w": torch.ones(2, dtype=torch.int8)})["w"].dtype == torch.int8
+
+
+class Gate:
+    """Stands in for torch.save: waits until it is opened, then saves."""
+
+    def __init__(self):
+        self.save, self.is_open, self.reached = torch.save, threading.Event(), threading.Event()
+
+    def __call__(self, obj, file):
+        self.reached.set()
+        assert self.is_open.wait(30)
+        self.save(obj, file)
+
+
+def test_a_slow_disk_makes_saves_rarer_and_is_said_once(tmp_path, monkeypatch):
+    gate = Gate()
+    monkeypatch.setattr(torch, "save", gate)
+    saver, said = make_saver(tmp_path, share=0.05)
+    assert [saver.is_due(batch) for batch in (1, 2)] == [False, True]
+    saver.save(2, make_payload(2))
+    assert gate.reached.wait(30) and saver.is_busy()
+    assert not any(saver.is_due(batch) for batch in (3, 4, 5, 6))  # one slot: nothing piles up
+    gate.is_open.set()
+    saver._thread.join()
+    saver._last -= 1000  # a long time has gone by since
+    assert saver.is_due(7)  # what was put off is made up for
+    saver.save(7, make_payload(7))
+    saver.wait()
+    assert not saver.is_due(9)
+    assert len(said) == 1 and said[0].startswith("note: a save takes ") and "--save-share 0" in said[0]
+
+
+def test_saves_cost_at_most_the_share_and_share_0_keeps_to_the_batches(tmp_path):
+    now = [0.0]
+    saver, _ = make_saver(tmp_path, share=0.05, clock=lambda: now[0])
+    saver.stall = 1.0  # the last one cost a second
+    now[0] = 19.9
+    assert not saver.is_due(2)
+    now[0] = 20.0
+    assert saver.is_due(3)  # it was due before, and is 5 % now
+    saver.share = 0.0
+    now[0] = 0.0
+    assert [saver.is_due(batch) for batch in (3, 4, 5, 6)] == [False, True, False, True]
+
+
+def test_a_save_is_due_when_the_last_one_is_old(tmp_path):
+    now = [0.0]
+    saver, _ = make_saver(tmp_path, every=1000, minutes=10, clock=lambda: now[0])
+    now[0] = 599.0
+    assert not saver.is_due(7)
+    now[0] = 600.0
+    assert saver.is_due(8)
+
+
+def test_an_unexpected_error_of_the_writer_is_raised_once_on_the_callers_thread(tmp_path, monkeypatch):
+    saver, said = make_saver(tmp_path)
+
+    def fail(obj, file):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(torch, "save", fail)
+    saver.save(1, make_payload(1))
+    with pytest.raises(TypeError, match="a bug"):
+        saver.wait()
+    saver.wait()
+    with pytest.raises(CheckpointError, match="is not plain data"):  # at once, while the caller can name it
+        saver.save(2, {"x": object()})
+    assert said == [] and steps_in(tmp_path) == []
+
+
+def test_a_full_disk_in_the_background_is_a_warning_and_best_weights_are_made_up_for(tmp_path, monkeypatch):
+    saver, said = make_saver(tmp_path)
+    saver.save(1, make_payload(1))
+    saver.wait()
+    write = model_persistence.write_atomic
+
+    def full(path, action):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    done = []
+    monkeypatch.setattr(model_persistence, "write_atomic", full)
+    weights = {"w": torch.full((4,), 7.0)}
+    saver.save(2, make_payload(2), best=(weights, {"epoch": 1}), is_best_delta=True, then=lambda: done.append(2))
+    weights["w"].fill_(-1)
+    saver.wait()
+    assert saver.store.failed_saves == 1 and saver.saved_step == 1 and done == []
+    assert [line.split(" not saved")[0] for line in said] == ["warning: best weights", "warning: checkpoint of step 2"]
+    monkeypatch.setattr(model_persistence, "write_atomic", write)
+    saver.save(3, make_payload(3), then=lambda: done.append(3))
+    saver.wait()
+    assert done == [3] and saver.store.failed_saves == 0 and saver.saved_step == 3
+    assert load_best_weights(tmp_path / "best")[0]["w"].tolist() == [7.0] * 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_all_finite_finds_one_bad_value_anywhere(value):
+    good = [torch.randn(5), torch.full((3,), 3e38), torch.empty(0), torch.tensor([1, 2]), torch.ones(2).bfloat16()]
+    assert all_finite(good) and all_finite([])
+    for index in (0, 1, 4):
+        bad = [tensor.clone() for tensor in good]
+        bad[index][-1] = value
+        assert not all_finite(bad)
 
 
 # Best weights
