@@ -951,6 +951,13 @@ def _status_of(run: Path) -> str:
 # 10. Random state ---------------------------------------------------------------------------------------------------
 
 
+def seed_all(seed: int) -> None:
+    """Start torch, random and numpy's global generator from one seed."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def rng_state() -> dict[str, Any]:
     """Return the state of torch (CPU and all CUDA devices), random and numpy's global generator as plain data."""
     name, keys, position, has_gauss, cached = np.random.get_state()

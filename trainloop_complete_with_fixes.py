@@ -101,6 +101,7 @@ from model_persistence import (
     list_checkpoints,
     read_checkpoint,
     rng_state,
+    seed_all,
     set_rng_state,
     snapshot,
 )
@@ -391,11 +392,16 @@ def train(run: Run) -> int:
     if code is not None:
         return code
     run.saver.wait()
+    note_finished(run)
+    require_saved(run)
+    return 0
+
+
+def note_finished(run: Run) -> None:
+    """Note in run.json that the last epoch is over."""
     state = run.state
     run.note("run.json", lambda: run.folder.set_status("finished", epoch=state.epoch, batch=0, step=state.step,
                                                        best=state.best))  # fmt: skip
-    require_saved(run)
-    return 0
 
 
 def train_epochs(run: Run) -> int | None:
@@ -848,7 +854,7 @@ def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) 
     if chosen is None:
         check_writable(config.run.out)
     tasks, hashed = prepare_data(config)
-    torch.manual_seed(config.run.seed)
+    seed_all(config.run.seed)
     sampler = TaskSampler(tasks, config.data, config.run.seed, config.data.batch_cells)
     table = {task.id: index for index, task in enumerate(tasks)}
     items = test_items(select_tasks(tasks, config.run.eval_tasks), table)
@@ -928,7 +934,7 @@ def start(command: CommandLine, console: Console) -> int:
         resumed_at = resume_from_checkpoint(run, chosen) if chosen is not None else ""
         state, epochs = run.state, run.config.run.epochs
         if chosen is not None and state.validated and state.epoch + 1 >= epochs:
-            run.folder.set_status("finished")
+            note_finished(run)
             done = f"{state.epoch + 1}/{epochs} epochs"
             console.say(f"run {run.folder.name} already finished {done}; raise --epochs to go on", always=True)
             return 0

@@ -14,14 +14,12 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import contextlib
 import io
 import json
-import random
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -162,8 +160,6 @@ def own_process() -> Iterator[None]:
             return super().acquire()
 
     driver.RunLock = TrackedLock
-    random.seed(0)
-    np.random.seed(0)
     try:
         yield
     finally:

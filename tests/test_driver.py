@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,8 @@ import torch
 from conftest import ROOT, comparable, differences, small_config, write_tasks
 
 import evaluate
+import model_persistence
+import report
 import trainloop_complete_with_fixes as driver
 from arc_data import collate, test_contexts
 from arc_system import ARCSystem
@@ -438,3 +441,124 @@ def test_run_is_locked_while_it_trains_and_free_once_it_is_killed(drive, new_fla
     saved = int(list_checkpoints(RUN)[0].stem.removeprefix("step_"))
     assert drive("--resume", "--max-hours", "1e-9") == 0  # at once: no heartbeat has to run out
     assert status()["step"] == saved + 1
+
+
+# 6. Disks and backups ------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_too_small_is_refused_before_the_first_batch(drive, new_flags, capsys, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=400_000))
+    assert drive(*new_flags()) == 4
+    printed = capsys.readouterr()
+    needed = re.fullmatch(r"error: run needs ~([\d.]+) MB in runs, \d+ kB free", printed.err.splitlines()[0])
+    assert printed.err.splitlines()[1].startswith("hint: free some, use another disk with --out DIR")
+    assert "[Batch" not in printed.out and list_checkpoints(RUN) == []
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(1e6 * float(needed[1]) * 1.2)))
+    assert drive(*new_flags("--epochs", 1, "--max-batches", 1, "--keep", 50)) == 0
+    assert "50 checkpoints need" in capsys.readouterr().out
+
+
+def test_expected_size_is_that_of_the_checkpoints(reference, build):
+    run = build()
+    size, weights = driver.expected_sizes(run)
+    newest = list_checkpoints(reference.path)[0].stat().st_size
+    assert 0.6 * newest < size < 1.05 * newest  # the rest is the file's own table and the memory's growth
+    assert weights <= (reference.path / "best" / "model.safetensors").stat().st_size * 1.05
+    run.close()
+
+
+def test_disk_full_to_the_end_keeps_what_there_was_and_exits_with_4(drive, new_flags, capsys, monkeypatch):
+    write = model_persistence.write_atomic
+
+    def full(path, action):
+        if path.name >= "step_000000004.pt":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, action)
+
+    flags = new_flags("--epochs", 1, "--save-every", 1, "--save-share", 0, "--rl-every", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_persistence, "write_atomic", full)
+        patch.setattr(model_persistence, "RETRY_SECONDS", (0.0, 0.0))
+        assert drive(*flags) == 4
+    printed = capsys.readouterr()
+    assert "checkpoint of step 4 not saved (No space left on device); last good checkpoint: step_0" in printed.out
+    assert printed.err.splitlines()[-2:] == [
+        "error: the last checkpoint could not be written; the newest one is step_000000003.pt",
+        "hint: free disk space, then --resume",
+    ]
+    assert drive("--resume") == 0
+    assert (status()["status"], status()["step"]) == ("finished", 7)
+
+
+def test_backup_alone_brings_back_the_run_and_it_ends_with_the_same_bits(reference, drive, new_flags, interrupt_at,
+                                                                         capsys):  # fmt: skip
+    interrupt_at(8, signal.SIGTERM)
+    assert drive(*reference.argv, "--backup", "drive") == 143
+    assert steps(Path("drive/demo")) == [9, 7] and Path("drive/demo/best/model.safetensors").exists()
+    shutil.rmtree("runs")
+    capsys.readouterr()
+    assert drive("--resume", "drive") == 0
+    printed = capsys.readouterr().out
+    assert "note: brought runs/demo back from the backup drive/demo, step_000000009.pt" in printed
+    assert "resume    demo, epoch 1, batch 2/7" in printed
+    assert differences(forget_backup(comparable(reference.path)), forget_backup(comparable(RUN))) == []
+    assert steps(Path("drive/demo")) == [14, 13]  # the backup goes on, without being named again
+    assert status()["status"] == json.loads(Path("drive/demo/run.json").read_text())["status"] == "finished"
+
+
+def steps(run: Path) -> list[int]:
+    return [read_checkpoint(path).step for path in list_checkpoints(run)]
+
+
+def forget_backup(found: tuple) -> tuple:
+    found[0]["config"]["run"].pop("backup")
+    return found
+
+
+@pytest.mark.parametrize("flag", ["--backup", "--out"])
+def test_drive_that_is_not_mounted_is_refused_before_anything_is_written(flag, drive, new_flags, capsys, monkeypatch):
+    monkeypatch.setattr(report, "DRIVE", Path("content/drive").absolute())
+    assert drive(*new_flags(flag, Path("content/drive/MyDrive/arc").absolute())) == 4
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: {report.DRIVE} is not mounted; files written there would be lost"
+    assert hint.startswith("hint: in a cell: from google.colab import drive")
+    assert list(Path(".").iterdir()) == []
+
+
+def test_rollbacks_halve_the_learning_rate_and_training_goes_on(reference, drive, capsys, monkeypatch):
+    train_step, bad = driver.train_step, iter(range(1000))
+
+    def poisoned(system, query, answer, moment):
+        result = train_step(system, query, answer, moment)
+        if moment.step >= 5 and next(bad) < 40:
+            result.total = result.total * float("nan")
+        return result
+
+    monkeypatch.setattr(driver, "train_step", poisoned)
+    flags = [*reference.argv, "--batch-size", "1", "--epochs", "1"]
+    assert drive(*flags) == 0
+    printed = capsys.readouterr().err
+    assert printed.count("back to step_000000003.pt with 0.5 of the learning rate (1/3)") == 1
+    assert printed.count("back to step_000000003.pt with 0.25 of the learning rate (2/3)") == 1
+    loop = read_checkpoint(list_checkpoints(RUN)[0]).payload["loop"]
+    assert (loop["rollbacks"], loop["lr_factor"], loop["bad_steps"]) == (2, 0.25, 0)
+    records = read_metrics(RUN / "metrics.jsonl")
+    assert [r["rollbacks"] for r in records if r["event"] == "rollback"] == [1, 2]
+    optim = TrainConfig().optim
+    for record in (r for r in records if r["event"] == "batch"):
+        usual = optim.lr * driver.learning_rate_scale(record["step"] - 1, 27, optim.warmup, optim.decay)
+        assert record["lr"] == pytest.approx(usual * (0.25 if record["step"] > 3 else 1.0))
+    assert [r["step"] for r in records if r["event"] == "batch"] == sorted({r["step"] for r in records})
+
+
+def test_weights_that_are_not_finite_are_not_saved(build, capsys):
+    run = build()
+    with torch.no_grad():
+        next(run.system.parameters()).fill_(float("nan"))
+    driver.save(run)
+    run.saver.wait()
+    assert "the weights at step 0 are not finite, so they are not saved" in capsys.readouterr().err
+    assert list_checkpoints(RUN) == []
+    run.close()
