@@ -245,14 +245,15 @@ class ARCSystem(nn.Module):
         tensors |= {f"memory.rows.{name}": rows for name, rows in memory.pop("rows").items()}
         tensors |= {f"memory.{name}": memory.pop(name) for name in ("mean", "squares")}
         tasks = self.z_table.z.shape[0] - 1
-        return tensors, {"num_tasks": tasks, "model_revision": self.prompt_model.revision, "memory": memory}
+        return tensors, {"num_tasks": tasks, "base": self.base(), "memory": memory}
+
+    def base(self) -> dict[str, str]:
+        """Return which language model the weights belong to: its revision, and a hash of what is frozen of it."""
+        return {"revision": self.prompt_model.revision, "frozen_digest": self.prompt_model.frozen_digest}
 
     def import_state(self, tensors: dict[str, Tensor], facts: dict) -> None:
-        """Restore what `export_state` returned. Raises: ConfigError when the language model is another revision."""
-        if facts["model_revision"] != self.prompt_model.revision:
-            raise ConfigError(
-                f"these weights belong to {self.config.prompt.model} at revision {facts['model_revision']}, "
-                f"found {self.prompt_model.revision}", f"--revision {facts['model_revision']}")  # fmt: skip
+        """Restore what `export_state` returned. Raises: ModelError when they belong to another language model."""
+        self.prompt_model.require_base(**facts["base"])
         parts: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self.named_children()}
         memory: dict = {**facts["memory"], "rows": {}}
         for key, tensor in tensors.items():

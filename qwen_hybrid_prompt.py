@@ -755,6 +755,29 @@ class QwenHybridPrompt(nn.Module):
                              "resume with the run's own --model, --train-llm and prompt settings")  # fmt: skip
         self.load_state_dict(state, strict=False)
 
+    @functools.cached_property
+    def frozen_digest(self) -> str:
+        """Return a hash of the frozen weights, which no checkpoint holds; empty when everything trains.
+
+        Buffers are left out: they are computed, and another machine may round them otherwise.
+        """
+        frozen = [(name, p) for name, p in sorted(self.named_parameters()) if not p.requires_grad]
+        digest = hashlib.blake2b(digest_size=8)
+        for name, parameter in frozen:
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest() if frozen else ""
+
+    def require_base(self, revision: str, frozen_digest: str) -> None:
+        """Refuse weights that were trained on another base. Raises: ModelError naming both."""
+        name = self.config.model
+        if revision != self.revision:
+            raise ModelError(f"these weights belong to {name} at revision {revision}, found {self.revision}",
+                             f"--revision {revision}")  # fmt: skip
+        if frozen_digest != self.frozen_digest:
+            raise ModelError(f"the frozen weights of {name} are not those that these weights were trained with",
+                             "put back the model that the run began with")  # fmt: skip
+
     def _frozen_names(self) -> set[str]:
         if self.language_model is None:
             return set()

@@ -708,6 +708,7 @@ def checkpoint_payload(run: Run) -> dict[str, Any]:
     """Return references to everything that `restore` needs."""
     return {
         "system": run.system.checkpoint_state(),
+        "base": run.system.base(),
         "optimizers": run.optimizers.state_dict(),
         "scaler": run.runtime.scaler.state_dict() if run.runtime.scaler.is_enabled() else None,
         "average": run.average.state_dict(),
@@ -763,6 +764,7 @@ def expected_sizes(run: Run) -> tuple[int, int]:
 
 def restore(run: Run, payload: dict[str, Any]) -> None:
     """Bring every part of the run to the state of a checkpoint."""
+    run.system.prompt_model.require_base(**payload["base"])
     run.system.load_checkpoint_state(payload["system"])
     run.optimizers.load_state_dict(payload["optimizers"])
     scaler = run.runtime.scaler

@@ -31,6 +31,7 @@ from arc_system import (
 )
 from config import ConfigError, TrainConfig, resolve, with_values
 from grid_accuracy_loss import cell_nats
+from qwen_hybrid_prompt import ModelError
 from solver2 import Candidates
 
 SMALL = {
@@ -525,8 +526,8 @@ def test_import_refuses_another_revision_and_changes_nothing():
     one, two = make_system(seed=0, noise=0.1), make_system(seed=5)
     tensors, facts = one.export_state()
     before = {name: x.clone() for name, x in two.state_dict().items()}
-    with pytest.raises(ConfigError) as error:
-        two.import_state(tensors, {**facts, "model_revision": "abc123"})
+    with pytest.raises(ModelError) as error:
+        two.import_state(tensors, {**facts, "base": {**facts["base"], "revision": "abc123"}})
     assert "abc123" in str(error.value) and "abc123" in error.value.hint
     assert_same(dict(two.state_dict()), before)
 

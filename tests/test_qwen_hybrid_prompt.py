@@ -573,6 +573,22 @@ def test_checkpoint_state_round_trip_restores_the_prompts(mode, tiny_folder, tmp
     assert torch.equal(second(query, f).embedding, expected)
 
 
+@pytest.mark.parametrize("mode", ["full", "lora", "last:1", "none"])
+def test_frozen_weights_that_changed_in_a_folder_are_noticed(mode, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = replace(TINY, model=str(folder), train_llm=mode)
+    first = build(config)
+    build(config, seed=3).require_base(first.revision, first.frozen_digest)
+    build_tiny_qwen(folder, seed=1)  # the same settings, so the same revision
+    second = build(config)
+    assert second.revision == first.revision
+    if mode == "full":  # every weight is in the checkpoint
+        assert first.frozen_digest == second.frozen_digest == ""
+        return
+    with pytest.raises(ModelError, match="the frozen weights of .* are not those"):
+        second.require_base(first.revision, first.frozen_digest)
+
+
 def test_checkpoint_of_another_mode_is_refused_with_the_names():
     full, none = build(), build(replace(TINY, train_llm="none"))
     with pytest.raises(ModelError, match="unexpected: language_model.embed_tokens.weight"):
