@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -370,9 +371,24 @@ class Optimizers:
         return {**{k: o.state_dict() for k, o in self.main.items()}, "policy": self.policy.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore the states. Raises: KeyError when one is missing."""
-        for name, optimizer in {**self.main, "policy": self.policy}.items():
+        """Restore the states.
+
+        Raises: KeyError when one is missing; ConfigError, before anything changes, when one belongs to other parameters
+        or to the same in another order, which torch would accept.
+        """
+        optimizers = {**self.main, "policy": self.policy}
+        for name, optimizer in optimizers.items():
+            found, wanted = _parameter_names(state[name]), _parameter_names(optimizer.state_dict())
+            if found != wanted:
+                here, there = next(pair for pair in itertools.zip_longest(wanted, found) if pair[0] != pair[1])
+                raise ConfigError(f"the state of the optimizer {name} belongs to other parameters (here {here},"
+                                  f" there {there})", "resume with the version that began the run")  # fmt: skip
+        for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state[name])
+
+
+def _parameter_names(state: dict) -> list[str]:
+    return [name for group in state["param_groups"] for name in group["param_names"]]
 
 
 def build_optimizers(system: ARCSystem) -> Optimizers:

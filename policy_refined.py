@@ -191,7 +191,9 @@ class PolicyRefinedAgent(nn.Module):
 
     def make_optimizer(self) -> torch.optim.Adam:
         """Return the policy's own optimizer."""
-        return torch.optim.Adam(self.policy_parameters(), lr=self.config.rl_lr)
+        ours = {id(parameter) for parameter in self.policy_parameters()}
+        named = [(name, parameter) for name, parameter in self.named_parameters() if id(parameter) in ours]
+        return torch.optim.Adam(named, lr=self.config.rl_lr)
 
     def update(self, optimizer: torch.optim.Optimizer, terms: PolicyTerms) -> Tensor:
         """Return the gradient norm (scalar, before clipping) after one step of the policy on `terms`.

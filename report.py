@@ -245,12 +245,13 @@ class MetricLog:
         """Write one object; "t" comes first unless the record has its own. Non-finite floats become strings."""
         line = json.dumps(_plain({"t": round(self._clock(), 3), **record}), allow_nan=False, separators=(",", ":"))
         self._waiting += line.encode() + b"\n"
-        size = self.offset()
+        size, written = self.offset(), 0
         with contextlib.suppress(OSError):  # of a full disk, which saving checkpoints complains about
-            if self._file.write(self._waiting) == len(self._waiting):
-                self._waiting = b""
-            else:
-                self._file.truncate(size)
+            written = self._file.write(self._waiting)
+        if written == len(self._waiting):
+            self._waiting = b""
+        else:
+            self._file.truncate(size)
 
     def offset(self) -> int:
         """Return the size of the log in bytes, to be stored in a checkpoint."""
