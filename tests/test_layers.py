@@ -36,6 +36,7 @@ LAYERS = {
     "run_backup": 1,
     "report": 1,
     "health": 1,
+    "protocols": 1,
     "loss_function": 2,
     "policy_refined": 2,
     "arc_system": 3,
