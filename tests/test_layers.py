@@ -40,6 +40,7 @@ LAYERS = {
     "protocols": 1,
     "loss_function": 2,
     "policy_refined": 2,
+    "scoring": 2,
     "arc_system": 3,
     "evaluate": 4,
     "trainloop_complete_with_fixes": 5,
