@@ -44,11 +44,13 @@ from arc_data import (
     Context,
     DataError,
     Query,
+    Segment,
     TaskSampler,
     data_hash,
     leave_one_out,
     load_tasks,
     require_answers,
+    segments_after,
     select_tasks,
 )
 from arc_data import test_contexts as test_items
@@ -77,9 +79,11 @@ from config import (
     check_resume,
     config_json,
     from_dict,
+    packing,
     resolution_notes,
     resolve,
     resume_config,
+    resume_notes,
     to_dict,
     with_values,
 )
@@ -278,7 +282,8 @@ class LoopState:
 
     batch is the next batch of `epoch`; step counts batches of all epochs; window and epoch_sums are sums since the last
     log line and since the epoch's start, kept on the device; memory_before holds what the memory had counted at the
-    epoch's start; best holds the best validation figures so far.
+    epoch's start; best holds the best validation figures so far; segments holds the batches of `epoch` that were taken
+    under other batch sizes, before a resume changed them; device and precision say on what the last session computed.
     """
 
     epoch: int = 0
@@ -292,6 +297,12 @@ class LoopState:
     window: dict[str, Tensor] = field(default_factory=dict)
     epoch_sums: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    segments: list[Segment] = field(default_factory=list)
+    device: str = ""
+    precision: str = ""
+
+    def __post_init__(self) -> None:
+        self.segments = [Segment(tuple(packed), taken) for packed, taken in self.segments]  # a checkpoint's are plain
 
     def add(self, values: dict[str, Tensor | float]) -> None:
         """Add one batch's values to the sums, without waiting for the device."""
@@ -326,8 +337,7 @@ class Run:
 
     def batches(self, epoch: int) -> int:
         """Return the number of batches of an epoch."""
-        count, limit = self.sampler.num_batches(epoch), self.config.run.max_batches
-        return min(count, limit) if limit else count
+        return limited(self.sampler.num_batches(epoch), self.config.run.max_batches)
 
     def close(self) -> None:
         """Free the run folder, the priors' file and the signals."""
@@ -344,6 +354,39 @@ class Run:
     def is_over(self) -> bool:
         """Return True when this session has to end: a signal came, or the time is over."""
         return self.stop.signal is not None or self.out_of_time()
+
+
+def limited(count: int, limit: int) -> int:
+    """Return the count, at most the limit; 0: no limit."""
+    return min(count, limit) if limit else count
+
+
+def learning_rate_factor(config: TrainConfig, sampler: TaskSampler, epoch: int, batch: int) -> float:
+    """Return the schedule's factor at a batch: a function of the position in epochs, so a batch size may change.
+
+    The position is counted in batches as epoch 0 has them; where all epochs have as many, it is the step.
+    """
+    whole = limited(sampler.num_fresh_batches(0), config.run.max_batches)
+    taken, share, left = earlier_part(config, sampler, epoch)
+    position = epoch * whole + share * whole + (batch - taken) * ((1 - share) * whole / left)
+    return learning_rate_scale(position, config.run.epochs * whole, config.optim.warmup, config.optim.decay)
+
+
+def epoch_progress(config: TrainConfig, sampler: TaskSampler, epoch: int, batch: int) -> float:
+    """Return where in the run a batch stands, in epochs, fractional."""
+    taken, share, left = earlier_part(config, sampler, epoch)
+    return epoch + (share + (1 - share) * ((batch - taken) / left))
+
+
+def earlier_part(config: TrainConfig, sampler: TaskSampler, epoch: int) -> tuple[int, float, int]:
+    """Return (batches of an epoch taken under other sizes, their share of the epoch, batches that are left).
+
+    The share is that of the pairs, so that progress goes on where it was; with --max-batches it is that of the batches.
+    """
+    total = limited(sampler.num_batches(epoch), config.run.max_batches)
+    taken, pairs = sampler.taken(epoch)
+    share = pairs / sampler.num_pairs if total == sampler.num_batches(epoch) else min(taken / total, 1.0)
+    return taken, share, max(total - taken, 1)
 
 
 def due(count: int, every: int, last: bool) -> bool:
@@ -373,22 +416,21 @@ def train_epoch(run: Run, epoch: int) -> int | None:
     state, config, runtime, system = run.state, run.config, run.runtime, run.system
     if state.epoch != epoch or state.validated:
         state.epoch, state.batch, state.validated = epoch, 0, False
+        state.segments = []
         state.epoch_sums, state.window, state.epoch_seconds, state.save_seconds = {}, {}, 0.0, 0.0
         state.memory_before = memory_counts(run)
     total = run.batches(epoch)
-    horizon = config.run.epochs * run.batches(0)
     system.train()
     bar = run.console.progress(total, f"Epoch {epoch} (All Fixes)", initial=state.batch)
     while state.batch < total:
         began = time.monotonic()
         query, answer = (part.to(runtime.device) for part in run.sampler.batch(epoch, state.batch))
         rl_every = config.policy.rl_every
-        moment = Moment(state.step, epoch + state.batch / total, bool(rl_every) and state.step % rl_every == 0)
+        progress = epoch_progress(config, run.sampler, epoch, state.batch)
+        moment = Moment(state.step, progress, bool(rl_every) and state.step % rl_every == 0)
         last = state.batch + 1 == total
         logs = due(state.batch + 1, config.run.log_every, last)
-        set_learning_rate(
-            run.optimizers, learning_rate_scale(state.step, horizon, config.optim.warmup, config.optim.decay)
-        )
+        set_learning_rate(run.optimizers, learning_rate_factor(config, run.sampler, epoch, state.batch))
         with runtime.autocast():
             result = train_step(system, query, answer, moment)
         update = apply_gradients(result, system, run.optimizers, runtime, watch_qwen=logs)
@@ -691,7 +733,7 @@ def settle(command: CommandLine, chosen: RunChoice | None, console: Console) -> 
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
     resolved = resolve(config, device.type, memory)
     if chosen is not None:
-        check_resume(from_dict(TrainConfig, saved), resolved, chosen.path.name)
+        check_resume(same_data(from_dict(TrainConfig, saved), resolved, chosen.path), resolved, chosen.path.name)
     runtime = choose_runtime(device, resolved.run.precision)
     console.say(f"ARC-EFE {VERSION} | Python {sys.version.split()[0]} | torch {torch.__version__}")
     console.say(banner_line("device", f"{device}, {runtime.precision} ({runtime.reason})"))
@@ -701,6 +743,19 @@ def settle(command: CommandLine, chosen: RunChoice | None, console: Console) -> 
     if changed:
         console.say(banner_line("settings", " ".join(changed)))
     return resolved, runtime
+
+
+def same_data(saved: TrainConfig, now: TrainConfig, path: Path) -> TrainConfig:
+    """Return the saved settings with the data's place as it is now where the same tasks lie there.
+
+    Raises: DataError when another place is given and nothing can be read there.
+    """
+    places = {"data.data": now.data.data, "data.solutions": now.data.solutions}
+    moved = with_values(saved, places)
+    if moved == saved:
+        return saved
+    _, hashed = prepare_data(with_values(now, {"data.max_tasks": saved.data.max_tasks}))
+    return moved if hashed == RunFolder(path).read_config()["data_hash"] else saved
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -743,7 +798,8 @@ def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) 
         config=config, console=console, folder=folder, log=MetricLog(folder.metrics_path), lock=lock, runtime=runtime,
         store=CheckpointStore(folder.path, keep=config.run.keep, run_id=run_id or folder.name, say=console.say),
         system=system, optimizers=build_optimizers(system), average=WeightAverage(system, config.optim.ema),
-        sampler=sampler, items=items, state=LoopState(), stop=StopFlag(console.say), data_hash=hashed,
+        sampler=sampler, items=items, state=LoopState(**computed_on(runtime)), stop=StopFlag(console.say),
+        data_hash=hashed,
     )  # fmt: skip
 
 
@@ -842,9 +898,42 @@ def resume_from_checkpoint(run: Run, chosen: RunChoice) -> str:
     if run.config.run.epochs < state.epoch + 1:
         raise ConfigError(f"--epochs {run.config.run.epochs}, but the run is already in epoch {state.epoch}",
                           f"--epochs {state.epoch + 1} or more")  # fmt: skip
+    adapt(run, from_dict(TrainConfig, checkpoint.payload["config"]))
     where = f"epoch {state.epoch}, batch {state.batch}/{run.batches(state.epoch)}"
     run.console.say(banner_line("resume", f"{run.folder.name}, {where}, from {checkpoint.path.name}"))
     return where
+
+
+def computed_on(runtime: Runtime) -> dict[str, str]:
+    """Return the device and the precision of a session, as its checkpoints name them."""
+    device = runtime.device
+    if device.type != "cuda":
+        return {"device": device.type, "precision": runtime.precision}
+    facts = torch.cuda.get_device_properties(device)
+    return {"device": f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB", "precision": runtime.precision}
+
+
+def adapt(run: Run, saved: TrainConfig) -> None:
+    """Go on under settings that differ from those of the restored checkpoint, and note each difference that counts.
+
+    With another batch size the pairs of this epoch that are not trained on yet are packed anew.
+    """
+    state, config = run.state, run.config
+    before = TaskSampler(run.sampler.tasks, saved.data, saved.run.seed, saved.data.batch_cells)
+    before.continue_epoch(state.epoch, state.segments)
+    state.segments = segments_after(state.segments, state.batch, packing(saved.data), packing(config.data))
+    run.sampler.continue_epoch(state.epoch, state.segments)
+    here = computed_on(run.runtime)
+    there = {"device": state.device or here["device"], "precision": state.precision or here["precision"]}
+    old, new = (with_values(c, {f"run.{k}": v for k, v in f.items()}) for c, f in ((saved, there), (config, here)))
+    for note in resume_notes(old, new):
+        run.console.note(note)
+    state.device, state.precision = here["device"], here["precision"]
+    was = learning_rate_factor(saved, before, state.epoch, state.batch)
+    now = learning_rate_factor(config, run.sampler, state.epoch, state.batch)
+    if was != now:
+        run.console.note(f"the learning rate's factor is {now:.3f} from here on, it was {was:.3f}: the schedule follows"
+                         " the whole run")  # fmt: skip
 
 
 def dry_run(run: Run) -> int:
