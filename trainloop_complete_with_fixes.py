@@ -3,10 +3,11 @@
     python trainloop_complete_with_fixes.py --epochs 20 --device cuda
     python trainloop_complete_with_fixes.py --resume --epochs 20 --device cuda
 
-Reads top to bottom as the story of one training step: `train_step` computes, `apply_gradients` changes, `train`
-schedules. Everything a run writes lies in runs/NAME/ (see README). Where the seven problems of the first design are
-solved: 1 Qwen trains (`QwenHybridPrompt`, `train_step`), 2 and 6 reward and policy (`refine_prompt`), 3 hard cells and
-4 size curriculum (`EFELoss`), 5 memory (`learn_from`), 7 stable numbers (`apply_gradients`).
+Reads top to bottom as the story of one training step: `train_step` computes, `finish_step` changes, `take_step` repeats
+in smaller parts what does not fit the memory, `train` schedules. Everything a run writes lies in runs/NAME/ (see
+README). Where the seven problems of the first design are solved: 1 Qwen trains (`QwenHybridPrompt`, `train_step`), 2
+and 6 reward and policy (`refine_prompt`), 3 hard cells and 4 size curriculum (`EFELoss`), 5 memory (`learn_from`), 7
+stable numbers (`finish_step`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if __name__ == "__main__":  # --help and every usage error answer before torch i
         Console().error(str(problem), problem.hint)
         sys.exit(2)
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -38,6 +40,8 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from torch import Tensor
 
+import loss_function
+import policy_refined
 from arc_data import (
     PAD,
     Answer,
@@ -47,6 +51,7 @@ from arc_data import (
     Segment,
     TaskSampler,
     data_hash,
+    evaluation_batches,
     leave_one_out,
     load_tasks,
     require_answers,
@@ -91,6 +96,16 @@ from evaluate import baselines, validate
 from grid_accuracy_loss import Trajectory, cell_accuracy, exact_match, parameter_count
 from health import Change, Health
 from loss_function import EFETerms
+from memory_ladder import (
+    OutOfMemory,
+    Rung,
+    Shortage,
+    advice,
+    free_memory,
+    is_out_of_memory,
+    lower,
+    shortage,
+)
 from model_persistence import (
     CheckpointError,
     CheckpointStore,
@@ -132,21 +147,28 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Moment:
-    """Where in the run a step stands: progress in epochs, fractional."""
+    """Where in the run a step stands: progress in epochs, fractional; part: its number where a batch has several."""
 
     step: int
     progress: float
     scores_refinements: bool
+    part: int | None = None
 
 
 @dataclass
-class StepResult:
-    """What one step computed; only `total` and `policy.total` carry graphs."""
+class StepNumbers:
+    """The numbers of a batch: its loss, and what the policy earned."""
 
     total: Tensor
     terms: EFETerms
     policy: PolicyTerms | None
     reward: Tensor | None  # [B] of the mean move, which was trained on; None when none was scored
+
+
+@dataclass
+class StepResult(StepNumbers):
+    """What one step computed; only `total` and `policy.total` carry graphs."""
+
     gain: Tensor | None  # [B] what the memory added to the potential; None when not scored
     move: Tensor | None  # [B, Dp] the refinement that worked best, 0 where none did; None when none was scored
     scene: Scene
@@ -165,7 +187,8 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
     trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
     policy, reward, gain, move = None, None, None, None
     if moment.scores_refinements:
-        generator = keyed_generator(query.input.device, system.config.run.seed, "refine", moment.step)
+        part = () if moment.part is None else (moment.part,)
+        generator = keyed_generator(query.input.device, system.config.run.seed, "refine", moment.step, *part)
         proposal = system.policy.propose(scene.prompt, scene.features, system.config.policy.rl_samples, generator)
         policy, reward, gain, move = score_refinements(
             system, query, answer, scene, reading, proposal, refined, trajectory, moment.progress
@@ -199,9 +222,31 @@ class Update:
 def apply_gradients(
     result: StepResult, system: ARCSystem, optimizers: Optimizers, runtime: Runtime, watch_qwen: bool
 ) -> Update:
-    """Backpropagate, unscale, clip, and step if the gradient is finite; otherwise change nothing but the loss scale."""
+    """Backpropagate a whole batch and finish the step."""
+    backpropagate(result, system, runtime)
+    return finish_step(result, system, optimizers, runtime, watch_qwen)
+
+
+def backpropagate(result: StepResult, system: ARCSystem, runtime: Runtime, share: float = 1.0) -> None:
+    """Add the gradients of a part that is this share of its batch's pairs, the policy's too; nothing else changes.
+
+    Over all parts the gradients add up to those of the whole batch for every term that is a mean over the samples. Not
+    L_prompt, whose negatives are the other samples of the part; nor the policy's advantages, which each part divides by
+    its own scale; nor L_reward where a sample has no finite reward.
+    """
+    runtime.scaler.scale(result.total if share == 1 else share * result.total).backward()
+    if result.policy is not None:
+        system.policy.backward(result.policy, share)
+
+
+def finish_step(
+    result: StepNumbers, system: ARCSystem, optimizers: Optimizers, runtime: Runtime, watch_qwen: bool
+) -> Update:
+    """Unscale, clip, and step if gradient and loss are finite; otherwise change nothing but the loss scale.
+
+    The gradients are those of all parts of the batch, and so are the result's numbers; both are used up.
+    """
     scaler, main = runtime.scaler, list(optimizers.main.values())
-    scaler.scale(result.total).backward()
     for optimizer in main:
         scaler.unscale_(optimizer)
     owned = [p for o in main for group in o.param_groups for p in group["params"] if p.grad is not None]
@@ -217,12 +262,17 @@ def apply_gradients(
         if before:
             ratio = update_ratio(before, [p.detach() for p in language])
         if result.policy is not None:
-            system.policy.update(optimizers.policy, result.policy)
+            system.policy.step(optimizers.policy, result.policy.averages)
     if scaler.is_enabled():
         scaler.update(None if taken else scaler.get_scale() * scaler.get_backoff_factor())
-    for optimizer in main:
-        optimizer.zero_grad(set_to_none=True)
+    drop_gradients(optimizers)
     return Update(taken, float(norm), qwen_norm, ratio)
+
+
+def drop_gradients(optimizers: Optimizers) -> None:
+    """Forget all gradients, the policy's too."""
+    for optimizer in (*optimizers.main.values(), optimizers.policy):
+        optimizer.zero_grad(set_to_none=True)
 
 
 def gradient_norm(parameters: list[Tensor], device: torch.device) -> Tensor:
@@ -273,7 +323,137 @@ def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResu
     return system.memory.admit(candidates, step=step, version=step)
 
 
-# 3. The run ----------------------------------------------------------------------------------------------------------
+# 3. One step within the memory ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """A part of a batch on the device, its share of the batch's pairs, and what a step computed on it."""
+
+    query: Query
+    answer: Answer
+    share: float
+    result: StepResult
+
+
+@dataclass
+class Step:
+    """What became of a batch: the batch, its numbers, the update, and how many entries the memory admitted."""
+
+    query: Query
+    answer: Answer
+    numbers: StepNumbers
+    update: Update
+    admitted: int
+
+
+def take_step(run: Run, epoch: int, k: int, moment: Moment, watch_qwen: bool) -> Step:
+    """Return what became of batch k of `epoch`, computed in as many parts as the memory asks for.
+
+    Raises: OutOfMemory when even the smallest parts do not fit; then nothing has changed but the rung.
+    """
+    parts = compute_within_memory(run, epoch, k, moment)
+    query, answer, numbers = parts[0].query, parts[0].answer, parts[0].result
+    if len(parts) > 1:
+        (query, answer), numbers = run.sampler.batch(epoch, k), joined(parts)
+    with unrepeatable(run):
+        update = finish_step(numbers, run.system, run.optimizers, run.runtime, watch_qwen)
+        admitted = 0
+        if update.taken:
+            run.average.update()
+            admitted = sum(learn_from(run.system, p.query, p.answer, p.result, moment.step) for p in parts)
+    return Step(query, answer, numbers, update, admitted)
+
+
+def compute_within_memory(run: Run, epoch: int, k: int, moment: Moment) -> list[Part]:
+    """Return the computed parts of a batch; while the memory does not suffice, repeat it one rung lower.
+
+    Nothing has changed when a repetition begins: `train_step` fills caches only, and the gradients are dropped.
+    Raises: OutOfMemory below the last rung.
+    """
+    emptied = False
+    while True:
+        try:
+            return compute_parts(run, epoch, k, moment)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            short = shortage(error, run.runtime.device)
+        drop_gradients(run.optimizers)  # here, where the traceback no longer holds on to the graph
+        free_memory(run.runtime.device)
+        how = "after emptying the cache"
+        if emptied:
+            how = go_down(run, short, len(run.sampler.batch(epoch, k)[0]))
+        emptied = True
+        run.console.warn(f"{short.short()} at epoch {epoch} batch {k}; repeating the batch {how}")
+
+
+def compute_parts(run: Run, epoch: int, k: int, moment: Moment) -> list[Part]:
+    """Return the parts of batch k of `epoch`, their gradients added up in the parameters."""
+    batches, parts = run.sampler.parts(epoch, k, run.state.rung.parts), []
+    total = sum(len(query) for query, _ in batches)
+    for index, batch in enumerate(batches):
+        query, answer = (half.to(run.runtime.device) for half in batch)
+        here = dataclasses.replace(moment, part=index) if len(batches) > 1 else moment
+        with run.runtime.autocast():
+            result = train_step(run.system, query, answer, here)
+        parts.append(Part(query, answer, len(query) / total, result))
+        backpropagate(result, run.system, run.runtime, parts[-1].share)
+    return parts
+
+
+def joined(parts: list[Part]) -> StepNumbers:
+    """Return the numbers of a whole batch from those of its parts, without graphs."""
+    results, shares = [part.result for part in parts], [part.share for part in parts]
+    cells = [part.answer.mask.sum() for part in parts]
+    terms = loss_function.joined_terms([result.terms for result in results], shares, cells)
+    if results[0].policy is None:
+        return StepNumbers(terms.total, terms, None, None)
+    policy = policy_refined.joined_terms([result.policy for result in results], shares)
+    return StepNumbers(terms.total, terms, policy, torch.cat([result.reward for result in results]))
+
+
+def go_down(run: Run, short: Shortage, pairs: int) -> str:
+    """Move the run one rung down for a batch of `pairs`; return in words what that changes.
+
+    Raises: OutOfMemory when there is no rung below.
+    """
+    model, rung = run.system.prompt_model, run.state.rung
+    tokens = model.max_tokens if run.config.prompt.use_text else 0
+    below = lower(rung, pairs, model.can_recompute, tokens)
+    if below is None:
+        raise OutOfMemory(f"{short} at batch 1", advice(run.config))
+    run.state.rung = below
+    use_rung(run)
+    if below.parts != rung.parts:
+        return f"in {min(below.parts, pairs)} parts"
+    return next(words for words in below.words() if words not in rung.words())
+
+
+def use_rung(run: Run) -> None:
+    """Let the language model compute as the rung says."""
+    model, rung = run.system.prompt_model, run.state.rung
+    if rung.recompute and model.can_recompute:
+        model.recompute_activations()
+    tokens = rung.prompt_tokens or run.config.prompt.max_prompt_tokens
+    if tokens != model.max_tokens:
+        model.limit_tokens(tokens)
+
+
+@contextlib.contextmanager
+def unrepeatable(run: Run) -> Iterator[None]:
+    """Turn an allocation that fails while weights and memory change into OutOfMemory: the step may be half done."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        short = shortage(error, run.runtime.device)
+        raise OutOfMemory(f"{short} while the weights were changed; the last checkpoint is whole",
+                          advice(run.config)) from error  # fmt: skip
+
+
+# 4. The run ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -283,7 +463,8 @@ class LoopState:
     batch is the next batch of `epoch`; step counts batches of all epochs; window and epoch_sums are sums since the last
     log line and since the epoch's start, kept on the device; memory_before holds what the memory had counted at the
     epoch's start; best holds the best validation figures so far; segments holds the batches of `epoch` that were taken
-    under other batch sizes, before a resume changed them; device and precision say on what the last session computed.
+    under other batch sizes, before a resume changed them; device and precision say on what the last session computed,
+    and rung what it had to do to fit its memory.
     """
 
     epoch: int = 0
@@ -300,9 +481,12 @@ class LoopState:
     segments: list[Segment] = field(default_factory=list)
     device: str = ""
     precision: str = ""
+    rung: Rung = field(default_factory=Rung)
 
     def __post_init__(self) -> None:
-        self.segments = [Segment(tuple(packed), taken) for packed, taken in self.segments]  # a checkpoint's are plain
+        # A checkpoint holds plain data.
+        self.segments = [Segment(tuple(packed), taken) for packed, taken in self.segments]
+        self.rung = Rung(**self.rung) if isinstance(self.rung, dict) else self.rung
 
     def add(self, values: dict[str, Tensor | float]) -> None:
         """Add one batch's values to the sums, without waiting for the device."""
@@ -413,37 +597,31 @@ def train(run: Run) -> int:
 
 def train_epoch(run: Run, epoch: int) -> int | None:
     """Train on the batches of an epoch that are left; return an exit code when the session has to end."""
-    state, config, runtime, system = run.state, run.config, run.runtime, run.system
+    state, config = run.state, run.config
     if state.epoch != epoch or state.validated:
         state.epoch, state.batch, state.validated = epoch, 0, False
         state.segments = []
         state.epoch_sums, state.window, state.epoch_seconds, state.save_seconds = {}, {}, 0.0, 0.0
         state.memory_before = memory_counts(run)
+    run.sampler.continue_epoch(epoch, state.segments)
     total = run.batches(epoch)
-    system.train()
+    run.system.train()
     bar = run.console.progress(total, f"Epoch {epoch} (All Fixes)", initial=state.batch)
     while state.batch < total:
         began = time.monotonic()
-        query, answer = (part.to(runtime.device) for part in run.sampler.batch(epoch, state.batch))
         rl_every = config.policy.rl_every
         progress = epoch_progress(config, run.sampler, epoch, state.batch)
         moment = Moment(state.step, progress, bool(rl_every) and state.step % rl_every == 0)
         last = state.batch + 1 == total
         logs = due(state.batch + 1, config.run.log_every, last)
         set_learning_rate(run.optimizers, learning_rate_factor(config, run.sampler, epoch, state.batch))
-        with runtime.autocast():
-            result = train_step(system, query, answer, moment)
-        update = apply_gradients(result, system, run.optimizers, runtime, watch_qwen=logs)
-        admitted = 0
-        if update.taken:
-            run.average.update()
-            admitted = learn_from(system, query, answer, result, state.step)
-        count_step(run, query, answer, result, update, admitted)
+        step = take_step(run, epoch, state.batch, moment, watch_qwen=logs)
+        count_step(run, step.query, step.answer, step.numbers, step.update, step.admitted)
         state.batch, state.step = state.batch + 1, state.step + 1
         state.epoch_seconds += time.monotonic() - began
         bar.update()
         if logs:
-            log_batch(run, update)
+            log_batch(run, step.update)
         stopping = run.is_over()
         if due(state.batch, config.run.save_every, last) or stopping:
             began = time.monotonic()
@@ -456,7 +634,7 @@ def train_epoch(run: Run, epoch: int) -> int | None:
     return None
 
 
-def count_step(run: Run, query: Query, answer: Answer, result: StepResult, update: Update, admitted: int) -> None:
+def count_step(run: Run, query: Query, answer: Answer, result: StepNumbers, update: Update, admitted: int) -> None:
     """Add a step to the sums, and end the run when too many steps in a row were not finite."""
     state = run.state
     if not update.taken:
@@ -571,9 +749,31 @@ def run_validation(run: Run) -> dict[str, float]:
         run.baselines = baselines(run.items, run.system.prior)
     bar = run.console.progress(len(run.items), "Validation", leave=False, unit="pair")
     with run.average.swapped():
-        scores = validate(run.system, run.runtime, run.items, run.config.data.batch_cells * 2, bar.update)
+        scores = validate_within_memory(run, bar)
     bar.close()
     return {**scores, "seconds": time.monotonic() - began}
+
+
+def validate_within_memory(run: Run, bar: Any) -> dict[str, float]:
+    """Return the scores of the weights as they are; while the memory does not suffice, begin anew with half the cells.
+
+    Raises: OutOfMemory when batches of one pair do not fit.
+    """
+    while True:
+        rung = run.state.rung
+        cells = max(run.config.data.batch_cells * 2 // rung.validation_parts, 1)
+        try:
+            return validate(run.system, run.runtime, run.items, cells, bar.update)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            short = shortage(error, run.runtime.device)
+        free_memory(run.runtime.device)
+        bar.reset()
+        if max(map(len, evaluation_batches(run.items, cells))) == 1:
+            raise OutOfMemory(f"{short} in the validation at batch 1", "--resume with --refine mean or --refine none")
+        run.state.rung = dataclasses.replace(rung, validation_parts=2 * rung.validation_parts)
+        run.console.warn(f"{short.short()} in the validation; repeating it with batches of {max(cells // 2, 1)} cells")
 
 
 def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
@@ -603,18 +803,19 @@ def keep_best(run: Run, scores: dict[str, float]) -> bool:
         best |= {"exact": scores["exact"], "cells_predicted": scores["cells_predicted"], "epoch": run.state.epoch}
         with run.average.swapped():
             tensors, facts = run.system.export_state()
-            save_best_weights(run.folder.best, tensors, {**facts, "config": portable_config(run.config)})
+            save_best_weights(run.folder.best, tensors, {**facts, "config": portable_config(run)})
     improved = scores["accuracy_delta"] > best.get("accuracy_delta", float("-inf"))
     if improved:
         best |= {"accuracy_delta": scores["accuracy_delta"], "delta_epoch": run.state.epoch}
     return improved
 
 
-def portable_config(config: TrainConfig) -> dict[str, Any]:
+def portable_config(run: Run) -> dict[str, Any]:
     """Return the settings that decide what the weights mean: nothing of where, when and how long the run was."""
-    settings = to_dict(config)
+    tokens = run.system.prompt_model.max_tokens  # fewer than was set where the memory did not suffice
+    settings = to_dict(with_values(run.config, {"prompt.max_prompt_tokens": tokens}))
     del settings["run"], settings["data"]
-    return {**settings, "seed": config.run.seed}
+    return {**settings, "seed": run.config.run.seed}
 
 
 def prior_requests(run: Run) -> Iterator[tuple[Context, tuple[int, int] | None]]:
@@ -650,7 +851,7 @@ def prepare_priors(run: Run) -> None:
     console.say(banner_line("priors", f"{count} inputs computed in {duration(time.monotonic() - began)}; {kept}"))
 
 
-# 4. Saving and resuming ----------------------------------------------------------------------------------------------
+# 5. Saving and resuming ----------------------------------------------------------------------------------------------
 
 
 def save(run: Run) -> Path | None:
@@ -711,7 +912,7 @@ def end_before_training(run: Run) -> int:
     return end_session(run)
 
 
-# 5. The command line -------------------------------------------------------------------------------------------------
+# 6. The command line -------------------------------------------------------------------------------------------------
 
 
 def prepare_data(config: TrainConfig) -> tuple[list, str]:
@@ -815,7 +1016,13 @@ def main(command: CommandLine) -> int:
     except KeyboardInterrupt:
         console.error("interrupted before the first batch; nothing was trained")
         return 128 + signal.SIGINT
-    except Exception as error:
+    except Exception as problem:
+        error = problem
+        if is_out_of_memory(problem):  # outside a step and a validation: while the model was built, for example
+            device = choose_device(command.config.run.device)
+            error = OutOfMemory(str(shortage(problem, device)), advice(command.config)).with_traceback(
+                problem.__traceback__
+            )
         known = exit_code(error)
         hint = "" if known else "this is a bug: run again with --debug for the traceback"
         console.error(error, hint, debug=command.debug)
@@ -828,7 +1035,8 @@ def exit_code(error: Exception) -> int:
     """Return the documented exit code of an error that we raise, 0 for one that only a bug raises."""
     if isinstance(error, CheckpointError):
         return error.exit_code
-    codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4, TrainingDiverged: 1}
+    codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4, TrainingDiverged: 1,
+             OutOfMemory: 1}  # fmt: skip
     return next((code for kind, code in codes.items() if isinstance(error, kind)), 0)
 
 
@@ -928,6 +1136,7 @@ def adapt(run: Run, saved: TrainConfig) -> None:
     old, new = (with_values(c, {f"run.{k}": v for k, v in f.items()}) for c, f in ((saved, there), (config, here)))
     for note in resume_notes(old, new):
         run.console.note(note)
+    go_on_from_rung(run, there["device"], here["device"])
     state.device, state.precision = here["device"], here["precision"]
     was = learning_rate_factor(saved, before, state.epoch, state.batch)
     now = learning_rate_factor(config, run.sampler, state.epoch, state.batch)
@@ -936,17 +1145,25 @@ def adapt(run: Run, saved: TrainConfig) -> None:
                          " the whole run")  # fmt: skip
 
 
+def go_on_from_rung(run: Run, before: str, now: str) -> None:
+    """Go on from the rung of the last session, or from the top on another device, and say so."""
+    words = ", ".join(run.state.rung.words())
+    if words and before != now:
+        run.console.note(f"{now} may hold more than {before}: no longer computing {words}")
+        run.state.rung = Rung()
+    elif words:
+        run.console.note(f"computing {words}, as the last session had to on this device")
+    use_rung(run)
+
+
 def dry_run(run: Run) -> int:
     """Run one batch and one save, to see that everything works; return 0."""
-    query, answer = (part.to(run.runtime.device) for part in run.sampler.batch(0, 0))
-    with run.runtime.autocast():
-        result = train_step(run.system, query, answer, Moment(0, 0.0, bool(run.config.policy.rl_every)))
-    update = apply_gradients(result, run.system, run.optimizers, run.runtime, watch_qwen=True)
+    done = take_step(run, 0, 0, Moment(0, 0.0, bool(run.config.policy.rl_every)), watch_qwen=True)
     path = save(run)
     run.folder.set_status("finished")
-    loss, step = float(result.total.detach()), "taken" if update.taken else "skipped"
+    loss, step = float(done.numbers.total.detach()), "taken" if done.update.taken else "skipped"
     run.console.say(f"dry run: one batch (loss {loss:.3f}, step {step}) and one save ({path}) work")
-    return 0 if update.taken and path is not None else 1
+    return 0 if done.update.taken and path is not None else 1
 
 
 if __name__ == "__main__":

@@ -505,14 +505,14 @@ def test_schedule_and_progress_go_on_where_they_were_when_the_batch_size_changes
 
 def test_resume_with_another_learning_rate_uses_it(finished, drive, monkeypatch, capsys):
     seen = []
-    step = driver.apply_gradients
+    step = driver.finish_step
 
     def watch(result, system, optimizers, *rest, **named):
         seen.append(({g["peak_lr"] for o in optimizers.main.values() for g in o.param_groups},
                      {g["lr"] for g in optimizers.policy.param_groups}))  # fmt: skip
         return step(result, system, optimizers, *rest, **named)
 
-    monkeypatch.setattr(driver, "apply_gradients", watch)
+    monkeypatch.setattr(driver, "finish_step", watch)
     assert drive("--resume", "--epochs", "3", "--lr", "1e-3", "--rl-lr", "2e-3", "--max-batches", "1") == 0
     assert seen == [({1e-3, 1e-2}, {2e-3})]
     printed = capsys.readouterr().out

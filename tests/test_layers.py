@@ -33,6 +33,7 @@ LAYERS = {
     "reward_shaping": 1,
     "solver2": 1,
     "model_persistence": 1,
+    "memory_ladder": 1,
     "report": 1,
     "health": 1,
     "loss_function": 2,
