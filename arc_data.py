@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import reprlib
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -579,6 +580,29 @@ def collate(contexts: Sequence[Context], answers: Sequence[Grid] | None = None) 
 # 4. Batches --------------------------------------------------------------------------------------------------------
 
 
+class Segment(NamedTuple):
+    """Batches of an epoch that were taken under one size: `taken` of them, packed by (batch_cells, batch_size)."""
+
+    packing: tuple[int, int]
+    taken: int
+
+
+def segments_after(
+    segments: Sequence[Segment], batches: int, before: tuple[int, int], now: tuple[int, int]
+) -> list[Segment]:
+    """Return the segments of an epoch of which `batches` are taken, when its packing changes from `before` to `now`.
+
+    A size under which nothing was taken leaves no segment: going back to the one before it goes on with its plan.
+    """
+    segments = list(segments)
+    taken = batches - sum(segment.taken for segment in segments)
+    if before == now:
+        return segments
+    if taken:
+        return [*segments, Segment(before, taken)]
+    return segments[:-1] if segments and segments[-1].packing == now else segments
+
+
 class TaskSampler:
     """Batches of demonstration pairs, each predicted from the other demonstrations of its task (leave-one-out).
 
@@ -586,7 +610,8 @@ class TaskSampler:
     cells of its input canvas + cells of its output canvas; a batch costs at most `batch_cells`, unless one pair alone
     costs more. Pairs of one task stay together (one augmentation, demonstrations shared) unless the task alone exceeds
     the budget. With config.batch_size > 0 a batch is that many pairs, whatever they cost.
-    Every pair comes exactly once per epoch, and batch(epoch, k) is a pure function of (seed, epoch, k).
+    Every pair comes exactly once per epoch, also where the batch size changes within it (`continue_epoch`): the plan is
+    a pure function of (seed, epoch, segments), and batch(epoch, k) of that and k.
     """
 
     def __init__(self, tasks: Sequence[ArcTask], config: DataConfig, seed: int, batch_cells: int):
@@ -594,20 +619,50 @@ class TaskSampler:
             raise DataError(f"expected a positive number of cells per batch, got {batch_cells}", "set --batch-cells")
         self.tasks, self.seed = tuple(tasks), seed
         self.augment, self.batch_size, self.batch_cells = config.augment, config.batch_size, batch_cells
+        self._continued: tuple[int, tuple[Segment, ...]] = (-1, ())
         self._used = [t for t, task in enumerate(self.tasks) if len(task.train) > 1]
         # per used task: canvas sides [pairs, 2] of (output, input)
         self._sides = {t: _pair_sides(self.tasks[t]) for t in self._used}
         self.num_pairs = sum(len(self.tasks[t].train) for t in self._used)
         if not self.num_pairs:
             raise DataError("no task has two or more example pairs, so there is nothing to train on")
-        self._plans: OrderedDict[int, list[list[tuple[int, int]]]] = OrderedDict()
+        self._plans: OrderedDict[tuple[int, tuple[Segment, ...]], list[list[tuple[int, int]]]] = OrderedDict()
+
+    def continue_epoch(self, epoch: int, segments: Sequence[Segment]) -> None:
+        """Plan `epoch` from now on with `segments`, the batches already taken under other sizes, and the rest after."""
+        self._continued = (epoch, tuple(segments))
 
     def num_batches(self, epoch: int = 0) -> int:
-        """Return the number of batches of `epoch`."""
+        """Return the number of batches of `epoch`, those taken under another size among them."""
         return len(self._plan(epoch))
+
+    def taken(self, epoch: int) -> tuple[int, int]:
+        """Return how many batches of `epoch` were taken under other sizes, and how many pairs they held."""
+        continued, segments = self._continued
+        count = sum(segment.taken for segment in segments) if epoch == continued else 0
+        return count, sum(map(len, self._plan(epoch)[:count]))
+
+    def num_fresh_batches(self, epoch: int = 0) -> int:
+        """Return the number of batches of `epoch` if all of it had the current size."""
+        return len(self._plan_with(epoch, ()))
 
     def batch(self, epoch: int, k: int) -> tuple[Query, Answer]:
         """Return batch k of `epoch`."""
+        return collate(*self._items(epoch, k))
+
+    def parts(self, epoch: int, k: int, count: int) -> list[tuple[Query, Answer]]:
+        """Return batch k of `epoch` in `count` parts, or as many as it has pairs: the same pairs in the same order.
+
+        The parts are as equal as can be, the larger ones first, and each lies on the smallest canvases that hold it.
+        """
+        contexts, answers = self._items(epoch, k)
+        count = max(1, min(count, len(contexts)))
+        each, more = divmod(len(contexts), count)
+        starts = [i * each + min(i, more) for i in range(count + 1)]
+        return [collate(contexts[a:b], answers[a:b]) for a, b in itertools.pairwise(starts)]
+
+    def _items(self, epoch: int, k: int) -> tuple[list[Context], list[Grid]]:
+        """Return what is to be predicted in batch k of `epoch`, and the answers."""
         contexts, answers, views = [], [], {}
         for t, p in self._plan(epoch)[k]:
             task = self.tasks[t]
@@ -616,44 +671,69 @@ class TaskSampler:
             others = tuple((pair.input, pair.output) for i, pair in enumerate(task.train) if i != p)
             contexts.append(Context(task.id, f"train:{p}", others, task.train[p].input, views[t], t))
             answers.append(task.train[p].output)
-        return collate(contexts, answers)
+        return contexts, answers
 
     def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """Return the batches of `epoch` as lists of (task, pair); the last two epochs asked for are kept."""
-        if epoch not in self._plans:
-            rng = generator(self.seed, "plan", epoch)
-            pieces = [piece for t in rng.permutation(self._used) for piece in self._pieces(int(t), rng)]
-            pieces.sort(key=lambda piece: piece[0])  # stable: equal canvases keep the random order
-            if self.batch_size:
-                pairs = [pair for _, piece in pieces for pair in piece]
-                batches = [pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size)]
-            else:
-                batches = self._pack(pieces)
-            self._plans[epoch] = [batches[i] for i in rng.permutation(len(batches))]
+        """Return the batches of `epoch` as lists of (task, pair)."""
+        continued, segments = self._continued
+        return self._plan_with(epoch, segments if epoch == continued else ())
+
+    def _plan_with(self, epoch: int, segments: tuple[Segment, ...]) -> list[list[tuple[int, int]]]:
+        """Return the batches of `epoch` after `segments`; the last two plans asked for are kept."""
+        if (epoch, segments) not in self._plans:
+            batches: list[list[tuple[int, int]]] = []
+            for number, segment in enumerate(segments):
+                rest = self._batches(epoch, number, batches, *segment.packing)
+                batches = batches + rest[: segment.taken]
+            size = (self.batch_cells, self.batch_size)
+            batches = batches + self._batches(epoch, len(segments), batches, *size)
+            self._plans[epoch, segments] = batches
             while len(self._plans) > 2:
                 self._plans.popitem(last=False)
-        return self._plans[epoch]
+        return self._plans[epoch, segments]
 
-    def _pieces(self, t: int, rng: np.random.Generator) -> list[tuple[tuple[int, int], list[tuple[int, int]]]]:
-        """Return the pairs of task t as pieces ((output side, input side), [(t, pair), ...]) within the budget."""
+    def _batches(
+        self, epoch: int, number: int, done: list[list[tuple[int, int]]], batch_cells: int, batch_size: int
+    ) -> list[list[tuple[int, int]]]:
+        """Return the pairs of `epoch` that are not in `done`, packed with one size; `number` counts the sizes."""
+        rng = generator(self.seed, "plan", epoch, number) if number else generator(self.seed, "plan", epoch)
+        gone = {pair for batch in done for pair in batch}
+        left = {t: [p for p in range(len(self._sides[t])) if (t, p) not in gone] for t in self._used}
+        budget = math.inf if batch_size else batch_cells
+        tasks = [t for t in self._used if left[t]]
+        pieces = [piece for t in rng.permutation(tasks) for piece in self._pieces(int(t), left[t], budget, rng)]
+        pieces.sort(key=lambda piece: piece[0])  # stable: equal canvases keep the random order
+        if batch_size:
+            pairs = [pair for _, piece in pieces for pair in piece]
+            batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
+        else:
+            batches = self._pack(pieces, batch_cells)
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def _pieces(
+        self, t: int, left: list[int], budget: float, rng: np.random.Generator
+    ) -> list[tuple[tuple[int, int], list[tuple[int, int]]]]:
+        """Return the pairs `left` of task t as pieces ((output side, input side), [(t, pair), ...]) in the budget."""
         sides = self._sides[t]
-        order = rng.permutation(len(sides))
-        whole = math.inf if self.batch_size else self.batch_cells
-        top = tuple(int(side) for side in sides.max(0))
-        if len(sides) * _cost(top) <= whole:
-            return [(top, [(t, int(p)) for p in order])]
+        order = [left[i] for i in rng.permutation(len(left))]
+        top = tuple(int(side) for side in sides[left].max(0))
+        if len(left) * _cost(top) <= budget:
+            return [(top, [(t, p) for p in order])]
         order = sorted(order, key=lambda p: tuple(sides[p]))
         pieces: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []
-        for p in map(int, order):
+        for p in order:
             last, members = pieces[-1] if pieces else ((0, 0), [])
             joint = (max(last[0], int(sides[p][0])), max(last[1], int(sides[p][1])))
-            if members and (len(members) + 1) * _cost(joint) <= whole:
+            if members and (len(members) + 1) * _cost(joint) <= budget:
                 pieces[-1] = (joint, [*members, (t, p)])
             else:
                 pieces.append(((int(sides[p][0]), int(sides[p][1])), [(t, p)]))
         return pieces
 
-    def _pack(self, pieces: list[tuple[tuple[int, int], list[tuple[int, int]]]]) -> list[list[tuple[int, int]]]:
+    @staticmethod
+    def _pack(
+        pieces: list[tuple[tuple[int, int], list[tuple[int, int]]]], batch_cells: int
+    ) -> list[list[tuple[int, int]]]:
         """Return batches within the budget: each piece joins the recent batch where its canvas wastes least."""
         batches: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []
         for sides, members in pieces:
@@ -663,7 +743,7 @@ class TaskSampler:
                 top, filled = batches[k]
                 joint = (max(top[0], sides[0]), max(top[1], sides[1]))
                 cost = (len(filled) + len(members)) * _cost(joint)
-                if cost <= self.batch_cells:
+                if cost <= batch_cells:
                     choice = min(choice, (cost - own - len(filled) * _cost(top), k, joint))
             if choice[1] == len(batches):
                 batches.append((sides, list(members)))

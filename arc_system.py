@@ -384,7 +384,16 @@ class Optimizers:
                 raise ConfigError(f"the state of the optimizer {name} belongs to other parameters (here {here},"
                                   f" there {there})", "resume with the version that began the run")  # fmt: skip
         for name, optimizer in optimizers.items():
+            # What the settings say holds, not what they said when the state was saved: a resume may change them.
+            own = [{key: group[key] for key in _set_by_settings(group)} for group in optimizer.param_groups]
             optimizer.load_state_dict(state[name])
+            for group, settings in zip(optimizer.param_groups, own, strict=True):
+                group.update(settings)
+
+
+def _set_by_settings(group: dict) -> tuple[str, ...]:
+    """Return the keys of a parameter group that the settings decide; the schedule makes "lr" from "peak_lr"."""
+    return ("peak_lr", "weight_decay") if "peak_lr" in group else ("lr",)
 
 
 def _parameter_names(state: dict) -> list[str]:
@@ -436,8 +445,8 @@ def _is_table(name: str) -> bool:
     return any(part in name for part in TABLES)
 
 
-def learning_rate_scale(step: int, total: int, warmup: float, decay: float) -> float:
-    """Return the schedule's factor at `step` of `total`: linear rise, flat, linear fall to 5 % (WSD)."""
+def learning_rate_scale(step: float, total: int, warmup: float, decay: float) -> float:
+    """Return the schedule's factor at `step` (it may lie between two) of `total`: rise, flat, fall to 5 % (WSD)."""
     rise, fall = max(int(total * warmup), 1), max(int(total * decay), 1)
     up = min((step + 1) / rise, 1.0)
     down = min(max((total - step) / fall, 0.0), 1.0)

@@ -307,15 +307,44 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Settings that `resolve` fills in; a value of "auto" or 0 stands for "not chosen".
 RESOLVED = ("agent.preset", "prompt.model", "prompt.train_llm", *PRESETS["tiny"])
 
-# Settings that the saved state or the exact position in the data depend on; a resume refuses to change them.
+# Settings that the saved state depends on; a resume refuses to change them. `data.data` and `data.solutions` may name
+# another place that holds the same tasks: the driver compares their hash.
 RESUME_FIXED = (
     "run.seed", "run.name",
-    "data.data", "data.solutions", "data.max_tasks", "data.batch_cells", "data.batch_size", "data.augment",
+    "data.data", "data.solutions", "data.max_tasks", "data.augment",
     "prompt.model", "prompt.revision", "prompt.train_llm", "prompt.max_prompt_tokens", "prompt.prompt_dim",
     "prompt.use_text", "prompt.use_control", "prompt.use_task_slot",
     "agent.preset", "agent.width", "agent.read_blocks", "agent.plan_blocks", "agent.attention", "agent.read_heads",
-    "agent.num_steps", "agent.tie_stages", "agent.prior_effort", "agent.num_codes",
+    "agent.num_steps", "agent.tie_stages", "agent.kappa", "agent.prior_effort", "agent.num_codes",
     "loss.mode", "policy.action_dim", "memory.use_memory", "memory.memory_capacity",
+)  # fmt: skip
+
+# Settings that a resume may change without a word: where files lie, how often to look, when to stop.
+RESUME_QUIET = (
+    "run.save_minutes", "run.save_share", "run.backup",
+    "run.max_hours", "run.out", "run.cache_dir", "run.save_every", "run.keep", "run.log_every", "run.eval_every",
+    "run.eval_tasks", "prompt.offline",
+)  # fmt: skip
+
+# Settings that a resume may change and says so. With RESUME_FIXED these are all settings.
+RESUME_FREE = (
+    *RESUME_QUIET,
+    "run.epochs", "run.max_batches", "run.device", "run.precision",
+    "data.batch_cells", "data.batch_size",
+    "prompt.llm_lr", "prompt.gradient_checkpointing",
+    "agent.read_cells", "agent.answer_confidence",
+    "loss.lambda_risk", "loss.lambda_ambiguity", "loss.lambda_step", "loss.lambda_consistency",
+    "loss.lambda_bidirectional", "loss.detach", "loss.lambda_z", "loss.lambda_prompt", "loss.lambda_reward",
+    "loss.lambda_halt", "loss.lambda_reverse", "loss.hard_epsilon", "loss.deep_supervision", "loss.preference_floor",
+    "loss.size_warmup",
+    "reward.reward_accuracy", "reward.reward_size", "reward.reward_color", "reward.reward_iou", "reward.reward_exact",
+    "reward.reward_reverse", "reward.reward_dense",
+    "policy.rl_every", "policy.rl_samples", "policy.rl_lr", "policy.action_scale", "policy.entropy_weight",
+    "policy.curiosity_weight",
+    "memory.memory_recall", "memory.memory_top_k", "memory.memory_similarity", "memory.threshold_beta",
+    "memory.threshold_kappa", "memory.threshold_low", "memory.threshold_high",
+    "optim.lr", "optim.muon_lr", "optim.weight_decay", "optim.clip", "optim.warmup", "optim.decay", "optim.ema",
+    "evaluation.refine", "evaluation.refine_samples",
 )  # fmt: skip
 
 
@@ -581,6 +610,29 @@ def check_resume(saved: TrainConfig, now: TrainConfig, run_name: str) -> None:
             f"cannot resume {run_name} with a different " + ", ".join(words),
             f"drop {flags} to continue, or start fresh with --fresh instead of --resume",
         )
+
+
+def resume_notes(saved: TrainConfig, now: TrainConfig) -> list[str]:
+    """Return one sentence for each setting that a resume changes, may change, and that changes what is trained.
+
+    A moved data set is among them: `check_resume` has refused any other.
+    """
+    old = {path: value for path, _, value in all_settings(saved)}
+    new = {path: value for path, _, value in all_settings(now)}
+    why = {"data.data": "the same tasks", "data.solutions": "the same tasks"}
+    if packing(saved.data) != packing(now.data):
+        why |= dict.fromkeys(("data.batch_cells", "data.batch_size"), "no pair comes twice in this epoch")
+    told = [path for path in (*RESUME_FREE, "data.data", "data.solutions") if path not in RESUME_QUIET]
+    return [
+        f"{flag_of(path)[2:]} {_shown(old[path])} -> {_shown(new[path])} ({why.get(path, 'allowed')})"
+        for path in told
+        if old[path] != new[path]
+    ]
+
+
+def packing(data: DataConfig) -> tuple[int, int]:
+    """Return (batch_cells, batch_size) with 0 for the one that does not count: what decides a batch's size."""
+    return (0, data.batch_size) if data.batch_size else (data.batch_cells, 0)
 
 
 def _shown(value: Any) -> str:

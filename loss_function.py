@@ -11,7 +11,7 @@ Suffixes: B batch, T steps, H rows, W columns, C colours, S latent codes, D widt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -414,6 +414,28 @@ class EFETerms:
     per_sample_consistency: Tensor
     per_sample_cross_entropy: Tensor
     hard_fraction: Tensor
+
+
+def joined_terms(parts: Sequence[EFETerms], shares: Sequence[float], cells: Sequence[Tensor]) -> EFETerms:
+    """Return the terms of a batch that was computed in parts, without graphs.
+
+    shares: of the samples, sum 1; cells: number of valid cells of each part. Equal to the terms of the whole batch but
+    for L_prompt, whose negatives are the other samples of the part, and for the reward where samples have none.
+    """
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([share * value.detach() for share, value in zip(shares, values, strict=True)]).sum()
+
+    count = torch.stack(list(cells))
+    wrong = torch.stack([part.hard_fraction for part in parts]) * count.clamp_min(1)
+    return EFETerms(
+        total=mean([part.total for part in parts]),
+        terms={name: mean([part.terms[name] for part in parts]) for name in TERM_NAMES},
+        weighted={name: mean([part.weighted[name] for part in parts]) for name in TERM_NAMES},
+        per_sample_consistency=torch.cat([part.per_sample_consistency for part in parts]),
+        per_sample_cross_entropy=torch.cat([part.per_sample_cross_entropy for part in parts]),
+        hard_fraction=wrong.sum() / count.sum().clamp_min(1),
+    )
 
 
 @dataclass

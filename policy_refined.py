@@ -9,6 +9,7 @@ S = Dp + Dc + F state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,23 @@ class PolicyTerms:
     tied: Tensor
     bonus: Tensor
     averages: dict[str, Tensor]
+
+
+def joined_terms(parts: Sequence[PolicyTerms], shares: Sequence[float]) -> PolicyTerms:
+    """Return the terms of a batch that was computed in parts, without graphs: means weighted by the parts' shares.
+
+    Each part divided its advantages by the scale that it alone would give; the averages move by each part's share.
+    """
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([share * value.detach() for share, value in zip(shares, values, strict=True)]).sum(0)
+
+    names = ("total", "policy", "value", "entropy", "curiosity", "tied", "bonus")
+    return PolicyTerms(
+        **{name: mean([getattr(part, name) for part in parts]) for name in names},
+        advantage=torch.cat([part.advantage.detach() for part in parts], 1),
+        averages={name: mean([part.averages[name] for part in parts]) for name in parts[0].averages},
+    )
 
 
 def leave_one_out_advantage(rewards: Tensor, value: Tensor) -> Tensor:
@@ -203,7 +221,15 @@ class PolicyRefinedAgent(nn.Module):
         is the one place where the host waits for the device.
         """
         optimizer.zero_grad(set_to_none=True)
-        terms.total.backward()
+        self.backward(terms)
+        return self.step(optimizer, terms.averages)
+
+    def backward(self, terms: PolicyTerms, share: float = 1.0) -> None:
+        """Add the gradients of the terms, of which the group has a share of this size; nothing else changes."""
+        (terms.total if share == 1 else share * terms.total).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]) -> Tensor:
+        """Return the gradient norm, as `update`, after one step on the gradients that are there; they are used up."""
         curious = list(self.augmentor.curiosity.parameters())
         ours = {id(parameter) for parameter in curious}
         acting = [parameter for parameter in self.policy_parameters() if id(parameter) not in ours]
@@ -212,9 +238,9 @@ class PolicyRefinedAgent(nn.Module):
         if torch.isfinite(norm):
             optimizer.step()
             self.augmentor.project_()
-            self.advantage_scale.commit_(terms.averages["advantage_scale"])
-            if "surprise" in terms.averages:
-                self.augmentor.curiosity.surprise.commit_(terms.averages["surprise"])
+            self.advantage_scale.commit_(averages["advantage_scale"])
+            if "surprise" in averages:
+                self.augmentor.curiosity.surprise.commit_(averages["surprise"])
         optimizer.zero_grad(set_to_none=True)
         return norm
 

@@ -654,13 +654,14 @@ class QwenHybridPrompt(nn.Module):
         self.is_tiny = config.model == "tiny"
         self.language_model: nn.Module | None = None
         self.tokenizer, self.revision = None, ""
+        self.recomputes, self.max_tokens = False, config.max_prompt_tokens
         width = config.prompt_dim
         if config.use_text:
             model, self.tokenizer, self.revision = load_language_model(config)
             hidden = model.config.hidden_size
             self.language_model = set_trainable(model, config.train_llm)
             if config.gradient_checkpointing:
-                _recompute_activations(model)
+                self.recompute_activations()
             self.text_norm = nn.LayerNorm(hidden)
             self.text_projection = nn.Linear(hidden, width)
         if config.use_control:
@@ -674,6 +675,21 @@ class QwenHybridPrompt(nn.Module):
         self.fusion_norm = nn.LayerNorm(width)
         self._token_cache: OrderedDict[str, tuple[int, ...]] = OrderedDict()
         self.train()
+
+    def recompute_activations(self) -> None:
+        """Let the language model recompute its activations in the backward pass, from now on."""
+        _recompute_activations(self.language_model)
+        self.recomputes = True
+
+    @property
+    def can_recompute(self) -> bool:
+        """Return True when recomputing would save memory: the language model trains and does not do it yet."""
+        return bool(self.language_parameters()) and not self.recomputes
+
+    def limit_tokens(self, count: int) -> None:
+        """Cut rule texts at `count` tokens from now on, instead of at max_prompt_tokens."""
+        self.max_tokens = count
+        self._token_cache.clear()
 
     def train(self, mode: bool = True) -> QwenHybridPrompt:
         """Return self in training or evaluation mode; a wholly frozen language model stays in evaluation mode."""
@@ -718,13 +734,12 @@ class QwenHybridPrompt(nn.Module):
         return mean_KD[torch.tensor([row_of[text] for text in texts], device=device)]
 
     def _tokenize(self, texts: list[str]) -> list[tuple[int, ...]]:
-        """Return the token ids of each text, cut at max_prompt_tokens; texts seen lately are only looked up."""
+        """Return the token ids of each text, cut at max_tokens; texts seen lately are only looked up."""
         cache = self._token_cache
         missing = [text for text in texts if text not in cache]
         found = {text: cache[text] for text in texts if text in cache}
         if missing:
-            limit = self.config.max_prompt_tokens
-            ids = self.tokenizer(missing, truncation=True, max_length=limit, padding=False)["input_ids"]
+            ids = self.tokenizer(missing, truncation=True, max_length=self.max_tokens, padding=False)["input_ids"]
             found.update(zip(missing, map(tuple, ids), strict=True))
         for text in texts:
             cache[text] = found[text]

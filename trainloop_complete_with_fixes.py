@@ -3,10 +3,11 @@
     python trainloop_complete_with_fixes.py --epochs 20 --device cuda
     python trainloop_complete_with_fixes.py --resume --epochs 20 --device cuda
 
-Reads top to bottom as the story of one training step: `train_step` computes, `apply_gradients` changes, `train`
-schedules. Everything a run writes lies in runs/NAME/ (see README). Where the seven problems of the first design are
-solved: 1 Qwen trains (`QwenHybridPrompt`, `train_step`), 2 and 6 reward and policy (`refine_prompt`), 3 hard cells and
-4 size curriculum (`EFELoss`), 5 memory (`learn_from`), 7 stable numbers (`apply_gradients`).
+Reads top to bottom as the story of one training step: `train_step` computes, `finish_step` changes, `take_step` repeats
+in smaller parts what does not fit the memory, `train` schedules. Everything a run writes lies in runs/NAME/ (see
+README). Where the seven problems of the first design are solved: 1 Qwen trains (`QwenHybridPrompt`, `train_step`), 2
+and 6 reward and policy (`refine_prompt`), 3 hard cells and 4 size curriculum (`EFELoss`), 5 memory (`learn_from`), 7
+stable numbers (`finish_step`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if __name__ == "__main__":  # --help and every usage error answer before torch i
         Console().error(str(problem), problem.hint)
         sys.exit(2)
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -39,17 +41,22 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from torch import Tensor
 
+import loss_function
+import policy_refined
 from arc_data import (
     PAD,
     Answer,
     Context,
     DataError,
     Query,
+    Segment,
     TaskSampler,
     data_hash,
+    evaluation_batches,
     leave_one_out,
     load_tasks,
     require_answers,
+    segments_after,
     select_tasks,
 )
 from arc_data import test_contexts as test_items
@@ -78,9 +85,11 @@ from config import (
     check_resume,
     config_json,
     from_dict,
+    packing,
     resolution_notes,
     resolve,
     resume_config,
+    resume_notes,
     to_dict,
     with_values,
 )
@@ -88,6 +97,16 @@ from evaluate import baselines, validate
 from grid_accuracy_loss import Trajectory, cell_accuracy, exact_match, parameter_count
 from health import Change, Health
 from loss_function import EFETerms
+from memory_ladder import (
+    OutOfMemory,
+    Rung,
+    Shortage,
+    advice,
+    free_memory,
+    is_out_of_memory,
+    lower,
+    shortage,
+)
 from model_persistence import (
     CheckpointError,
     CheckpointStore,
@@ -139,21 +158,28 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Moment:
-    """Where in the run a step stands: progress in epochs, fractional."""
+    """Where in the run a step stands: progress in epochs, fractional; part: its number where a batch has several."""
 
     step: int
     progress: float
     scores_refinements: bool
+    part: int | None = None
 
 
 @dataclass
-class StepResult:
-    """What one step computed; only `total` and `policy.total` carry graphs."""
+class StepNumbers:
+    """The numbers of a batch: its loss, and what the policy earned."""
 
     total: Tensor
     terms: EFETerms
     policy: PolicyTerms | None
     reward: Tensor | None  # [B] of the mean move, which was trained on; None when none was scored
+
+
+@dataclass
+class StepResult(StepNumbers):
+    """What one step computed; only `total` and `policy.total` carry graphs."""
+
     gain: Tensor | None  # [B] what the memory added to the potential; None when not scored
     move: Tensor | None  # [B, Dp] the refinement that worked best, 0 where none did; None when none was scored
     scene: Scene
@@ -172,7 +198,8 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
     trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
     policy, reward, gain, move = None, None, None, None
     if moment.scores_refinements:
-        generator = keyed_generator(query.input.device, system.config.run.seed, "refine", moment.step)
+        part = () if moment.part is None else (moment.part,)
+        generator = keyed_generator(query.input.device, system.config.run.seed, "refine", moment.step, *part)
         proposal = system.policy.propose(scene.prompt, scene.features, system.config.policy.rl_samples, generator)
         policy, reward, gain, move = score_refinements(
             system, query, answer, scene, reading, proposal, refined, trajectory, moment.progress
@@ -206,9 +233,31 @@ class Update:
 def apply_gradients(
     result: StepResult, system: ARCSystem, optimizers: Optimizers, runtime: Runtime, watch_qwen: bool
 ) -> Update:
-    """Backpropagate, unscale, clip, and step if the gradient is finite; otherwise change nothing but the loss scale."""
+    """Backpropagate a whole batch and finish the step."""
+    backpropagate(result, system, runtime)
+    return finish_step(result, system, optimizers, runtime, watch_qwen)
+
+
+def backpropagate(result: StepResult, system: ARCSystem, runtime: Runtime, share: float = 1.0) -> None:
+    """Add the gradients of a part that is this share of its batch's pairs, the policy's too; nothing else changes.
+
+    Over all parts the gradients add up to those of the whole batch for every term that is a mean over the samples. Not
+    L_prompt, whose negatives are the other samples of the part; nor the policy's advantages, which each part divides by
+    its own scale; nor L_reward where a sample has no finite reward.
+    """
+    runtime.scaler.scale(result.total if share == 1 else share * result.total).backward()
+    if result.policy is not None:
+        system.policy.backward(result.policy, share)
+
+
+def finish_step(
+    result: StepNumbers, system: ARCSystem, optimizers: Optimizers, runtime: Runtime, watch_qwen: bool
+) -> Update:
+    """Unscale, clip, and step if gradient and loss are finite; otherwise change nothing but the loss scale.
+
+    The gradients are those of all parts of the batch, and so are the result's numbers; both are used up.
+    """
     scaler, main = runtime.scaler, list(optimizers.main.values())
-    scaler.scale(result.total).backward()
     for optimizer in main:
         scaler.unscale_(optimizer)
     owned = [p for o in main for group in o.param_groups for p in group["params"] if p.grad is not None]
@@ -224,12 +273,17 @@ def apply_gradients(
         if before:
             ratio = update_ratio(before, [p.detach() for p in language])
         if result.policy is not None:
-            system.policy.update(optimizers.policy, result.policy)
+            system.policy.step(optimizers.policy, result.policy.averages)
     if scaler.is_enabled():
         scaler.update(None if taken else scaler.get_scale() * scaler.get_backoff_factor())
-    for optimizer in main:
-        optimizer.zero_grad(set_to_none=True)
+    drop_gradients(optimizers)
     return Update(taken, float(norm), qwen_norm, ratio)
+
+
+def drop_gradients(optimizers: Optimizers) -> None:
+    """Forget all gradients, the policy's too."""
+    for optimizer in (*optimizers.main.values(), optimizers.policy):
+        optimizer.zero_grad(set_to_none=True)
 
 
 def gradient_norm(parameters: list[Tensor], device: torch.device) -> Tensor:
@@ -280,7 +334,137 @@ def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResu
     return system.memory.admit(candidates, step=step, version=step)
 
 
-# 3. The run ----------------------------------------------------------------------------------------------------------
+# 3. One step within the memory ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """A part of a batch on the device, its share of the batch's pairs, and what a step computed on it."""
+
+    query: Query
+    answer: Answer
+    share: float
+    result: StepResult
+
+
+@dataclass
+class Step:
+    """What became of a batch: the batch, its numbers, the update, and how many entries the memory admitted."""
+
+    query: Query
+    answer: Answer
+    numbers: StepNumbers
+    update: Update
+    admitted: int
+
+
+def take_step(run: Run, epoch: int, k: int, moment: Moment, watch_qwen: bool) -> Step:
+    """Return what became of batch k of `epoch`, computed in as many parts as the memory asks for.
+
+    Raises: OutOfMemory when even the smallest parts do not fit; then nothing has changed but the rung.
+    """
+    parts = compute_within_memory(run, epoch, k, moment)
+    query, answer, numbers = parts[0].query, parts[0].answer, parts[0].result
+    if len(parts) > 1:
+        (query, answer), numbers = run.sampler.batch(epoch, k), joined(parts)
+    with unrepeatable(run):
+        update = finish_step(numbers, run.system, run.optimizers, run.runtime, watch_qwen)
+        admitted = 0
+        if update.taken:
+            run.average.update()
+            admitted = sum(learn_from(run.system, p.query, p.answer, p.result, moment.step) for p in parts)
+    return Step(query, answer, numbers, update, admitted)
+
+
+def compute_within_memory(run: Run, epoch: int, k: int, moment: Moment) -> list[Part]:
+    """Return the computed parts of a batch; while the memory does not suffice, repeat it one rung lower.
+
+    Nothing has changed when a repetition begins: `train_step` fills caches only, and the gradients are dropped.
+    Raises: OutOfMemory below the last rung.
+    """
+    emptied = False
+    while True:
+        try:
+            return compute_parts(run, epoch, k, moment)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            short = shortage(error, run.runtime.device)
+        drop_gradients(run.optimizers)  # here, where the traceback no longer holds on to the graph
+        free_memory(run.runtime.device)
+        how = "after emptying the cache"
+        if emptied:
+            how = go_down(run, short, len(run.sampler.batch(epoch, k)[0]))
+        emptied = True
+        run.console.warn(f"{short.short()} at epoch {epoch} batch {k}; repeating the batch {how}")
+
+
+def compute_parts(run: Run, epoch: int, k: int, moment: Moment) -> list[Part]:
+    """Return the parts of batch k of `epoch`, their gradients added up in the parameters."""
+    batches, parts = run.sampler.parts(epoch, k, run.state.rung.parts), []
+    total = sum(len(query) for query, _ in batches)
+    for index, batch in enumerate(batches):
+        query, answer = (half.to(run.runtime.device) for half in batch)
+        here = dataclasses.replace(moment, part=index) if len(batches) > 1 else moment
+        with run.runtime.autocast():
+            result = train_step(run.system, query, answer, here)
+        parts.append(Part(query, answer, len(query) / total, result))
+        backpropagate(result, run.system, run.runtime, parts[-1].share)
+    return parts
+
+
+def joined(parts: list[Part]) -> StepNumbers:
+    """Return the numbers of a whole batch from those of its parts, without graphs."""
+    results, shares = [part.result for part in parts], [part.share for part in parts]
+    cells = [part.answer.mask.sum() for part in parts]
+    terms = loss_function.joined_terms([result.terms for result in results], shares, cells)
+    if results[0].policy is None:
+        return StepNumbers(terms.total, terms, None, None)
+    policy = policy_refined.joined_terms([result.policy for result in results], shares)
+    return StepNumbers(terms.total, terms, policy, torch.cat([result.reward for result in results]))
+
+
+def go_down(run: Run, short: Shortage, pairs: int) -> str:
+    """Move the run one rung down for a batch of `pairs`; return in words what that changes.
+
+    Raises: OutOfMemory when there is no rung below.
+    """
+    model, rung = run.system.prompt_model, run.state.rung
+    tokens = model.max_tokens if run.config.prompt.use_text else 0
+    below = lower(rung, pairs, model.can_recompute, tokens)
+    if below is None:
+        raise OutOfMemory(f"{short} at batch 1", advice(run.config))
+    run.state.rung = below
+    use_rung(run)
+    if below.parts != rung.parts:
+        return f"in {min(below.parts, pairs)} parts"
+    return next(words for words in below.words() if words not in rung.words())
+
+
+def use_rung(run: Run) -> None:
+    """Let the language model compute as the rung says."""
+    model, rung = run.system.prompt_model, run.state.rung
+    if rung.recompute and model.can_recompute:
+        model.recompute_activations()
+    tokens = rung.prompt_tokens or run.config.prompt.max_prompt_tokens
+    if tokens != model.max_tokens:
+        model.limit_tokens(tokens)
+
+
+@contextlib.contextmanager
+def unrepeatable(run: Run) -> Iterator[None]:
+    """Turn an allocation that fails while weights and memory change into OutOfMemory: the step may be half done."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        short = shortage(error, run.runtime.device)
+        raise OutOfMemory(f"{short} while the weights were changed; the last checkpoint is whole",
+                          advice(run.config)) from error  # fmt: skip
+
+
+# 4. The run ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -289,7 +473,10 @@ class LoopState:
 
     batch is the next batch of `epoch`; step counts batches of all epochs; window and epoch_sums are sums since the last
     log line and since the epoch's start, kept on the device; memory_before holds what the memory had counted at the
-    epoch's start; best holds the best validation figures so far; lr_factor is halved by each of the rollbacks.
+    epoch's start; best holds the best validation figures so far; lr_factor is halved by each of the rollbacks;
+    segments holds the batches of `epoch` that were taken
+    under other batch sizes, before a resume changed them; device and precision say on what the last session computed,
+    and rung what it had to do to fit its memory.
     """
 
     epoch: int = 0
@@ -305,6 +492,15 @@ class LoopState:
     window: dict[str, Tensor] = field(default_factory=dict)
     epoch_sums: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    segments: list[Segment] = field(default_factory=list)
+    device: str = ""
+    precision: str = ""
+    rung: Rung = field(default_factory=Rung)
+
+    def __post_init__(self) -> None:
+        # A checkpoint holds plain data.
+        self.segments = [Segment(tuple(packed), taken) for packed, taken in self.segments]
+        self.rung = Rung(**self.rung) if isinstance(self.rung, dict) else self.rung
 
     def add(self, values: dict[str, Tensor | float]) -> None:
         """Add one batch's values to the sums, without waiting for the device."""
@@ -341,8 +537,7 @@ class Run:
 
     def batches(self, epoch: int) -> int:
         """Return the number of batches of an epoch."""
-        count, limit = self.sampler.num_batches(epoch), self.config.run.max_batches
-        return min(count, limit) if limit else count
+        return limited(self.sampler.num_batches(epoch), self.config.run.max_batches)
 
     def close(self) -> None:
         """Finish what is being written, and free the run folder, the priors' file and the signals."""
@@ -372,6 +567,39 @@ class Run:
     def is_over(self) -> bool:
         """Return True when this session has to end: a signal came, or the time is over."""
         return self.stop.signal is not None or self.out_of_time()
+
+
+def limited(count: int, limit: int) -> int:
+    """Return the count, at most the limit; 0: no limit."""
+    return min(count, limit) if limit else count
+
+
+def learning_rate_factor(config: TrainConfig, sampler: TaskSampler, epoch: int, batch: int) -> float:
+    """Return the schedule's factor at a batch: a function of the position in epochs, so a batch size may change.
+
+    The position is counted in batches as epoch 0 has them; where all epochs have as many, it is the step.
+    """
+    whole = limited(sampler.num_fresh_batches(0), config.run.max_batches)
+    taken, share, left = earlier_part(config, sampler, epoch)
+    position = epoch * whole + share * whole + (batch - taken) * ((1 - share) * whole / left)
+    return learning_rate_scale(position, config.run.epochs * whole, config.optim.warmup, config.optim.decay)
+
+
+def epoch_progress(config: TrainConfig, sampler: TaskSampler, epoch: int, batch: int) -> float:
+    """Return where in the run a batch stands, in epochs, fractional."""
+    taken, share, left = earlier_part(config, sampler, epoch)
+    return epoch + (share + (1 - share) * ((batch - taken) / left))
+
+
+def earlier_part(config: TrainConfig, sampler: TaskSampler, epoch: int) -> tuple[int, float, int]:
+    """Return (batches of an epoch taken under other sizes, their share of the epoch, batches that are left).
+
+    The share is that of the pairs, so that progress goes on where it was; with --max-batches it is that of the batches.
+    """
+    total = limited(sampler.num_batches(epoch), config.run.max_batches)
+    taken, pairs = sampler.taken(epoch)
+    share = pairs / sampler.num_pairs if total == sampler.num_batches(epoch) else min(taken / total, 1.0)
+    return taken, share, max(total - taken, 1)
 
 
 def due(count: int, every: int, last: bool) -> bool:
@@ -424,14 +652,16 @@ def roll_back(run: Run, problem: TrainingDiverged) -> None:
     The checkpoint is written again at once, so that the rollback counts after a kill as well.
     Raises: problem, when that was done MAX_ROLLBACKS times, or when there is no such checkpoint.
     """
-    rollbacks = run.state.rollbacks + 1
+    rollbacks, rung = run.state.rollbacks + 1, run.state.rung
     run.saver.wait()
     checkpoint = run.store.latest(lambda found: found.payload["loop"]["bad_steps"] == 0)
     if rollbacks > MAX_ROLLBACKS or checkpoint is None:
         raise problem
     run.store.set_aside_after(checkpoint.step)
     restore(run, checkpoint.payload)
+    adapt(run, from_dict(TrainConfig, checkpoint.payload["config"]))
     state = run.state
+    state.rung = rung  # what this session has learned about its memory still holds
     state.rollbacks, state.lr_factor = rollbacks, 0.5**rollbacks
     run.console.warn(f"{problem}; back to {checkpoint.path.name} with {state.lr_factor:g} of the learning rate"
                      f" ({rollbacks}/{MAX_ROLLBACKS})")  # fmt: skip
@@ -442,37 +672,32 @@ def roll_back(run: Run, problem: TrainingDiverged) -> None:
 
 def train_epoch(run: Run, epoch: int) -> int | None:
     """Train on the batches of an epoch that are left; return an exit code when the session has to end."""
-    state, config, runtime, system = run.state, run.config, run.runtime, run.system
+    state, config = run.state, run.config
     if state.epoch != epoch or state.validated:
         state.epoch, state.batch, state.validated = epoch, 0, False
+        state.segments = []
         state.epoch_sums, state.window, state.epoch_seconds, state.save_seconds = {}, {}, 0.0, 0.0
         state.memory_before = memory_counts(run)
+    run.sampler.continue_epoch(epoch, state.segments)
     total = run.batches(epoch)
-    horizon = config.run.epochs * run.batches(0)
-    system.train()
+    run.system.train()
     bar = run.console.progress(total, f"Epoch {epoch} (All Fixes)", initial=state.batch)
     while state.batch < total:
         began = time.monotonic()
-        query, answer = (part.to(runtime.device) for part in run.sampler.batch(epoch, state.batch))
         rl_every = config.policy.rl_every
-        moment = Moment(state.step, epoch + state.batch / total, bool(rl_every) and state.step % rl_every == 0)
+        progress = epoch_progress(config, run.sampler, epoch, state.batch)
+        moment = Moment(state.step, progress, bool(rl_every) and state.step % rl_every == 0)
         last = state.batch + 1 == total
         logs = due(state.batch + 1, config.run.log_every, last)
-        scale = learning_rate_scale(state.step, horizon, config.optim.warmup, config.optim.decay)
-        set_learning_rate(run.optimizers, scale * state.lr_factor)
-        with runtime.autocast():
-            result = train_step(system, query, answer, moment)
-        update = apply_gradients(result, system, run.optimizers, runtime, watch_qwen=logs)
-        admitted = 0
-        if update.taken:
-            run.average.update()
-            admitted = learn_from(system, query, answer, result, state.step)
-        count_step(run, query, answer, result, update, admitted)
+        factor = learning_rate_factor(config, run.sampler, epoch, state.batch)
+        set_learning_rate(run.optimizers, state.lr_factor * factor)
+        step = take_step(run, epoch, state.batch, moment, watch_qwen=logs)
+        count_step(run, step.query, step.answer, step.numbers, step.update, step.admitted)
         state.batch, state.step = state.batch + 1, state.step + 1
         state.epoch_seconds += time.monotonic() - began
         bar.update()
         if logs:
-            log_batch(run, update)
+            log_batch(run, step.update)
         stopping = run.is_over()
         if last or stopping or (not state.bad_steps and run.saver.is_due(state.batch)):
             save(run)
@@ -483,7 +708,7 @@ def train_epoch(run: Run, epoch: int) -> int | None:
     return None
 
 
-def count_step(run: Run, query: Query, answer: Answer, result: StepResult, update: Update, admitted: int) -> None:
+def count_step(run: Run, query: Query, answer: Answer, result: StepNumbers, update: Update, admitted: int) -> None:
     """Add a step to the sums, and end the run when too many steps in a row were not finite."""
     state = run.state
     if not update.taken:
@@ -598,9 +823,31 @@ def run_validation(run: Run) -> dict[str, float]:
         run.baselines = baselines(run.items, run.system.prior)
     bar = run.console.progress(len(run.items), "Validation", leave=False, unit="pair")
     with run.average.swapped():
-        scores = validate(run.system, run.runtime, run.items, run.config.data.batch_cells * 2, bar.update)
+        scores = validate_within_memory(run, bar)
     bar.close()
     return {**scores, "seconds": time.monotonic() - began}
+
+
+def validate_within_memory(run: Run, bar: Any) -> dict[str, float]:
+    """Return the scores of the weights as they are; while the memory does not suffice, begin anew with half the cells.
+
+    Raises: OutOfMemory when batches of one pair do not fit.
+    """
+    while True:
+        rung = run.state.rung
+        cells = max(run.config.data.batch_cells * 2 // rung.validation_parts, 1)
+        try:
+            return validate(run.system, run.runtime, run.items, cells, bar.update)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            short = shortage(error, run.runtime.device)
+        free_memory(run.runtime.device)
+        bar.reset()
+        if max(map(len, evaluation_batches(run.items, cells))) == 1:
+            raise OutOfMemory(f"{short} in the validation at batch 1", "--resume with --refine mean or --refine none")
+        run.state.rung = dataclasses.replace(rung, validation_parts=2 * rung.validation_parts)
+        run.console.warn(f"{short.short()} in the validation; repeating it with batches of {max(cells // 2, 1)} cells")
 
 
 def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
@@ -634,18 +881,19 @@ def keep_best(run: Run, scores: dict[str, float]) -> tuple[Weights | None, bool]
         best |= {"exact": scores["exact"], "cells_predicted": scores["cells_predicted"], "epoch": run.state.epoch}
         with run.average.swapped():
             tensors, facts = run.system.export_state()
-            weights = snapshot(tensors), {**facts, "config": portable_config(run.config)}
+            weights = snapshot(tensors), {**facts, "config": portable_config(run)}
     improved = scores["accuracy_delta"] > best.get("accuracy_delta", float("-inf"))
     if improved:
         best |= {"accuracy_delta": scores["accuracy_delta"], "delta_epoch": run.state.epoch}
     return weights, improved
 
 
-def portable_config(config: TrainConfig) -> dict[str, Any]:
+def portable_config(run: Run) -> dict[str, Any]:
     """Return the settings that decide what the weights mean: nothing of where, when and how long the run was."""
-    settings = to_dict(config)
+    tokens = run.system.prompt_model.max_tokens  # fewer than was set where the memory did not suffice
+    settings = to_dict(with_values(run.config, {"prompt.max_prompt_tokens": tokens}))
     del settings["run"], settings["data"]
-    return {**settings, "seed": config.run.seed}
+    return {**settings, "seed": run.config.run.seed}
 
 
 def prior_requests(run: Run) -> Iterator[tuple[Context, tuple[int, int] | None]]:
@@ -681,7 +929,7 @@ def prepare_priors(run: Run) -> None:
     console.say(banner_line("priors", f"{count} inputs computed in {duration(time.monotonic() - began)}; {kept}"))
 
 
-# 4. Saving and resuming ----------------------------------------------------------------------------------------------
+# 5. Saving and resuming ----------------------------------------------------------------------------------------------
 
 
 def save(run: Run, best: Weights | None = None, is_best_delta: bool = False) -> None:
@@ -806,7 +1054,7 @@ def end_before_training(run: Run) -> int:
     return end_session(run)
 
 
-# 5. The command line -------------------------------------------------------------------------------------------------
+# 6. The command line -------------------------------------------------------------------------------------------------
 
 
 def prepare_data(config: TrainConfig) -> tuple[list, str]:
@@ -828,7 +1076,7 @@ def settle(command: CommandLine, chosen: RunChoice | None, console: Console) -> 
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
     resolved = resolve(config, device.type, memory)
     if chosen is not None:
-        check_resume(from_dict(TrainConfig, saved), resolved, chosen.path.name)
+        check_resume(same_data(from_dict(TrainConfig, saved), resolved, chosen.path), resolved, chosen.path.name)
     runtime = choose_runtime(device, resolved.run.precision)
     console.say(f"ARC-EFE {VERSION} | Python {sys.version.split()[0]} | torch {torch.__version__}")
     console.say(banner_line("device", f"{device}, {runtime.precision} ({runtime.reason})"))
@@ -838,6 +1086,19 @@ def settle(command: CommandLine, chosen: RunChoice | None, console: Console) -> 
     if changed:
         console.say(banner_line("settings", " ".join(changed)))
     return resolved, runtime
+
+
+def same_data(saved: TrainConfig, now: TrainConfig, path: Path) -> TrainConfig:
+    """Return the saved settings with the data's place as it is now where the same tasks lie there.
+
+    Raises: DataError when another place is given and nothing can be read there.
+    """
+    places = {"data.data": now.data.data, "data.solutions": now.data.solutions}
+    moved = with_values(saved, places)
+    if moved == saved:
+        return saved
+    _, hashed = prepare_data(with_values(now, {"data.max_tasks": saved.data.max_tasks}))
+    return moved if hashed == RunFolder(path).read_config()["data_hash"] else saved
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -885,7 +1146,8 @@ def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) 
     return Run(
         config=config, console=console, folder=folder, log=MetricLog(folder.metrics_path), lock=lock, runtime=runtime,
         store=store, saver=saver, backup=backup, system=system, optimizers=build_optimizers(system),
-        average=WeightAverage(system, config.optim.ema), sampler=sampler, items=items, state=LoopState(),
+        average=WeightAverage(system, config.optim.ema), sampler=sampler, items=items,
+        state=LoopState(**computed_on(runtime)),
         stop=StopFlag(console.say), data_hash=hashed,
     )  # fmt: skip
 
@@ -902,7 +1164,13 @@ def main(command: CommandLine) -> int:
     except KeyboardInterrupt:
         console.error("interrupted before the first batch; nothing was trained")
         return 128 + signal.SIGINT
-    except Exception as error:
+    except Exception as problem:
+        error = problem
+        if is_out_of_memory(problem):  # outside a step and a validation: while the model was built, for example
+            device = choose_device(command.config.run.device)
+            error = OutOfMemory(str(shortage(problem, device)), advice(command.config)).with_traceback(
+                problem.__traceback__
+            )
         known = exit_code(error)
         hint = "" if known else "this is a bug: run again with --debug for the traceback"
         console.error(error, hint, debug=command.debug)
@@ -915,7 +1183,8 @@ def exit_code(error: Exception) -> int:
     """Return the documented exit code of an error that we raise, 0 for one that only a bug raises."""
     if isinstance(error, CheckpointError):
         return error.exit_code
-    codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4, TrainingDiverged: 1}
+    codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4, TrainingDiverged: 1,
+             OutOfMemory: 1}  # fmt: skip
     return next((code for kind, code in codes.items() if isinstance(error, kind)), 0)
 
 
@@ -992,25 +1261,67 @@ def resume_from_checkpoint(run: Run, chosen: RunChoice) -> str:
     if run.config.run.epochs < state.epoch + 1:
         raise ConfigError(f"--epochs {run.config.run.epochs}, but the run is already in epoch {state.epoch}",
                           f"--epochs {state.epoch + 1} or more")  # fmt: skip
+    adapt(run, from_dict(TrainConfig, checkpoint.payload["config"]))
     where = f"epoch {state.epoch}, batch {state.batch}/{run.batches(state.epoch)}"
     run.console.say(banner_line("resume", f"{run.folder.name}, {where}, from {checkpoint.path.name}"))
     return where
 
 
+def computed_on(runtime: Runtime) -> dict[str, str]:
+    """Return the device and the precision of a session, as its checkpoints name them."""
+    device = runtime.device
+    if device.type != "cuda":
+        return {"device": device.type, "precision": runtime.precision}
+    facts = torch.cuda.get_device_properties(device)
+    return {"device": f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB", "precision": runtime.precision}
+
+
+def adapt(run: Run, saved: TrainConfig) -> None:
+    """Go on under settings that differ from those of the restored checkpoint, and note each difference that counts.
+
+    With another batch size the pairs of this epoch that are not trained on yet are packed anew.
+    """
+    state, config = run.state, run.config
+    before = TaskSampler(run.sampler.tasks, saved.data, saved.run.seed, saved.data.batch_cells)
+    before.continue_epoch(state.epoch, state.segments)
+    state.segments = segments_after(state.segments, state.batch, packing(saved.data), packing(config.data))
+    run.sampler.continue_epoch(state.epoch, state.segments)
+    here = computed_on(run.runtime)
+    there = {"device": state.device or here["device"], "precision": state.precision or here["precision"]}
+    old, new = (with_values(c, {f"run.{k}": v for k, v in f.items()}) for c, f in ((saved, there), (config, here)))
+    for note in resume_notes(old, new):
+        run.console.note(note)
+    go_on_from_rung(run, there["device"], here["device"])
+    state.device, state.precision = here["device"], here["precision"]
+    was = learning_rate_factor(saved, before, state.epoch, state.batch)
+    now = learning_rate_factor(config, run.sampler, state.epoch, state.batch)
+    if was != now:
+        run.console.note(f"the learning rate's factor is {now:.3f} from here on, it was {was:.3f}: the schedule follows"
+                         " the whole run")  # fmt: skip
+
+
+def go_on_from_rung(run: Run, before: str, now: str) -> None:
+    """Go on from the rung of the last session, or from the top on another device, and say so."""
+    words = ", ".join(run.state.rung.words())
+    if words and before != now:
+        run.console.note(f"{now} may hold more than {before}: no longer computing {words}")
+        run.state.rung = Rung()
+    elif words:
+        run.console.note(f"computing {words}, as the last session had to on this device")
+    use_rung(run)
+
+
 def dry_run(run: Run) -> int:
     """Run one batch and one save, to see that everything works; return 0."""
-    query, answer = (part.to(run.runtime.device) for part in run.sampler.batch(0, 0))
-    with run.runtime.autocast():
-        result = train_step(run.system, query, answer, Moment(0, 0.0, bool(run.config.policy.rl_every)))
-    update = apply_gradients(result, run.system, run.optimizers, run.runtime, watch_qwen=True)
+    done = take_step(run, 0, 0, Moment(0, 0.0, bool(run.config.policy.rl_every)), watch_qwen=True)
     save(run)
     run.saver.wait()
     require_saved(run)
     run.folder.set_status("finished")
-    loss, step = float(result.total.detach()), "taken" if update.taken else "skipped"
+    loss, step = float(done.numbers.total.detach()), "taken" if done.update.taken else "skipped"
     run.console.say(f"dry run: one batch (loss {loss:.3f}, step {step}) and one save"
                     f" ({run.store.path(run.state.step)}) work")  # fmt: skip
-    return 0 if update.taken else 1
+    return 0 if done.update.taken else 1
 
 
 if __name__ == "__main__":

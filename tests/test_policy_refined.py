@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import reward_shaping as rs
 from config import PolicyConfig, RewardConfig
 from human_rl_agent import LOG_STD_HIGH
-from policy_refined import PolicyRefinedAgent, leave_one_out_advantage
+from policy_refined import PolicyRefinedAgent, joined_terms, leave_one_out_advantage
 
 DP, DC, NF, D = 6, 3, 5, 4
 NAN = float("nan")
@@ -325,6 +325,32 @@ def test_update_returns_the_whole_norm_and_clips_policy_and_curiosity_apart():
     for is_curious in (False, True):
         steps = [step.norm() for name, step in moved.items() if name.startswith("curiosity.") == is_curious]
         assert float(torch.stack(steps).norm()) == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_one_step_on_the_weighted_gradients_of_parts():
+    agent = make()
+    prompt, proposal = propose(agent)
+    rewards, after = torch.rand(4, 5), toy_next_state(agent, prompt, proposal)
+    parts = []
+    for rows in (slice(0, 3), slice(3, 5)):
+        part = dataclasses.replace(proposal, state=proposal.state[rows], action=proposal.action[:, rows])
+        parts.append(agent.losses(part, rewards[:, rows], 0.1, after[:, rows]))
+    shares = (0.6, 0.4)
+    own = [torch.autograd.grad(p.total, agent.policy_parameters(), retain_graph=True) for p in parts]
+    before = snapshot(agent)
+    for part, share in zip(parts, shares, strict=True):
+        agent.backward(part, share)
+    for parameter, *grads in zip(agent.policy_parameters(), *own, strict=True):
+        torch.testing.assert_close(parameter.grad, 0.6 * grads[0] + 0.4 * grads[1])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in agent.state_dict().items())  # until the step
+    joined = joined_terms(parts, shares)
+    assert joined.advantage.shape == (4, 5) and not joined.total.requires_grad
+    torch.testing.assert_close(joined.value, 0.6 * parts[0].value + 0.4 * parts[1].value)
+    assert torch.isfinite(agent.step(agent.make_optimizer(), joined.averages))
+    for name, buffer in (("advantage_scale", agent.advantage_scale), ("surprise", agent.augmentor.curiosity.surprise)):
+        mean = 0.6 * parts[0].averages[name] + 0.4 * parts[1].averages[name]
+        torch.testing.assert_close(buffer.averages, mean)
+    assert all(p.grad is None for p in agent.parameters())
 
 
 def test_losses_are_pure_until_update_commits_the_running_averages():
