@@ -77,6 +77,8 @@ from config import (
     check_resume,
     config_json,
     from_dict,
+    is_folder_name,
+    read_regular,
     resolution_notes,
     resolve,
     resume_config,
@@ -704,9 +706,9 @@ def settle(command: CommandLine, chosen: RunChoice | None, console: Console) -> 
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings stored in a run folder. Raises: CheckpointError when they are missing."""
+    """Return the settings stored in a run folder. Raises: CheckpointError when they, or the data's hash, are missing."""
     saved = RunFolder(path).read_config()
-    if "config" not in saved:
+    if not (isinstance(saved.get("config"), dict) and isinstance(saved.get("data_hash"), str)):
         raise CheckpointError(f"{path / 'config.json'} is missing or damaged, so the run cannot be resumed",
                               "start a new run with --fresh")  # fmt: skip
     return saved["config"]
@@ -736,7 +738,7 @@ def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) 
         folder, run_id = RunFolder.create(config.run.out, config.run.name), None
     else:
         folder, run_id = RunFolder(chosen.path), chosen.run_id
-        if folder.read_config()["data_hash"] != hashed:
+        if folder.read_config().get("data_hash") != hashed:
             raise ConfigError("the tasks have changed since the run began", "restore them, or start anew with --fresh")
     lock = RunLock(folder.path).acquire()
     return Run(
@@ -824,9 +826,12 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
 
 def suggest_resume(out: Path, console: Console) -> None:
     """Say that the newest run could be continued, when it is unfinished."""
-    latest = out / "LATEST"
-    path = out / latest.read_text(encoding="utf-8").strip() if latest.is_file() else out
-    unfinished = path != out and any((path / "checkpoints").glob("step_*.pt"))
+    try:
+        name = read_regular(out / "LATEST", 4096).decode().strip()
+    except (OSError, UnicodeDecodeError):  # there is none, or it is not ours
+        return
+    path = out / name
+    unfinished = is_folder_name(name) and any((path / "checkpoints").glob("step_*.pt"))
     if unfinished and RunFolder(path).read_status().get("status") != "finished":
         console.note(f"{path} is unfinished; --resume continues it. This starts a new run.")
 
