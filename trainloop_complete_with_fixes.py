@@ -78,6 +78,7 @@ from config import (
     config_json,
     from_dict,
     is_folder_name,
+    one_line,
     read_regular,
     resolution_notes,
     resolve,
@@ -706,7 +707,7 @@ def settle(command: CommandLine, chosen: RunChoice | None, console: Console) -> 
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings stored in a run folder. Raises: CheckpointError when they, or the data's hash, are missing."""
+    """Return the settings stored in a run folder. Raises: CheckpointError when they or the data's hash are missing."""
     saved = RunFolder(path).read_config()
     if not (isinstance(saved.get("config"), dict) and isinstance(saved.get("data_hash"), str)):
         raise CheckpointError(f"{path / 'config.json'} is missing or damaged, so the run cannot be resumed",
@@ -842,7 +843,14 @@ def resume_from_checkpoint(run: Run, chosen: RunChoice) -> str:
     if checkpoint is None:
         raise CheckpointError(f"--resume: {run.folder.path} has no loadable checkpoint", "start one without --resume")
     run.store.set_aside_after(checkpoint.step)
-    restore(run, checkpoint.payload)
+    try:
+        restore(run, checkpoint.payload)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if exit_code(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"--resume: {checkpoint.path} does not fit this run ({one_line(reason, 150)})",
+                              "start a new run with --fresh") from error
     state = run.state
     if run.config.run.epochs < state.epoch + 1:
         raise ConfigError(f"--epochs {run.config.run.epochs}, but the run is already in epoch {state.epoch}",
