@@ -46,7 +46,8 @@ FLUSH_ROWS = 512
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 MIN_PARALLEL = 32  # inputs; fewer are computed before a pool would have started
 POLL_SECONDS = 0.2
-TROUBLE = (sqlite3.Error, OSError)  # with the disk; it costs a warning, never the run
+DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)  # the latter: SQLite's message quotes a damaged name
+TROUBLE = (sqlite3.Error, OSError, UnicodeDecodeError)  # with the disk; it costs a warning, never the run
 
 
 # 1. Keys and bytes ---------------------------------------------------------------------------------------------------
@@ -485,6 +486,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     Raises: sqlite3.DatabaseError itself for a damaged or foreign file, its subclasses for other reasons.
     """
     db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+    db.text_factory = lambda text: text.decode(errors="replace")  # such a value is then a damaged row
     try:
         db.execute("BEGIN")  # one view of the file, whatever another process is about to create
         marks = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
@@ -510,7 +512,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 def _is_damage(error: Exception) -> bool:
     """Return whether SQLite says that the content is wrong, and not that it cannot be reached."""
-    return type(error) is sqlite3.DatabaseError
+    return type(error) in DAMAGE
 
 
 def _identity(path: Path) -> int | None:

@@ -136,7 +136,8 @@ def check_writable(out: str | Path) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> RunFolderError:
     reason = (error.strerror or str(error)).lower()
-    hint = "delete it" if isinstance(error, UnsafeFileError) else "choose another folder with --out DIR"
+    in_the_way = isinstance(error, (UnsafeFileError, IsADirectoryError))
+    hint = "delete it" if in_the_way else "choose another folder with --out DIR"
     return RunFolderError(f"cannot write to {path} ({reason})", hint)
 
 
@@ -209,7 +210,11 @@ class RunFolder:
         past = before if isinstance(before, list) else []
         past = [*past, {"session": number, "started": stamp, "resumed_at": resumed_at}]
         self.set_status("running", sessions=past, pid=os.getpid(), host=socket.gethostname())
-        write_text_atomic(self.path.parent / "LATEST", self.name + "\n")
+        latest = self.path.parent / "LATEST"
+        try:
+            write_text_atomic(latest, self.name + "\n")
+        except OSError as error:
+            raise _cannot_write(latest, error) from error
         return number
 
     def read_status(self) -> dict[str, Any]:

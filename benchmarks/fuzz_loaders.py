@@ -217,7 +217,8 @@ def gadgets() -> list[object]:
     target = str(canary())
     return [_Gadget(os.system, f"echo > {target}"), _Gadget(eval, f"open({target!r}, 'w')"), _Gadget(open, target, "w"),
             _Gadget(torch.load, target), _Gadget(bytearray, 10**10), _Gadget(np.zeros, 10**10),
-            _Gadget(torch.empty, 10**10), _Gadget(getattr, _Gadget(__import__, "os"), "system"), np.arange(3)]  # fmt: skip
+            _Gadget(torch.empty, 10**10), np.arange(3),
+            _Gadget(getattr, _Gadget(__import__, "os"), "system")]  # fmt: skip
 
 
 SNIPPETS = (
@@ -251,8 +252,8 @@ def change_pickle(content: bytes, rng: random.Random) -> bytes:
         elif action < 0.8:
             parts[place] += rng.choice(SNIPPETS)
         elif parts[place][:1] in b"KMJ":
-            parts[place] = b"J" + rng.choice((0, 1, -1, 7, 64, 10**6, 2**31 - 1, -(2**31))).to_bytes(4, "little",
-                                                                                                     signed=True)
+            number = rng.choice((0, 1, -1, 7, 64, 10**6, 2**31 - 1, -(2**31)))
+            parts[place] = b"J" + number.to_bytes(4, "little", signed=True)
         else:
             parts[place] = change_bytes(parts[place], rng)
     return b"".join(parts)
