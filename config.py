@@ -382,6 +382,8 @@ def _accepts(item: dataclasses.Field, value: Any) -> bool:
     low, high, choices = item.metadata["low"], item.metadata["high"], item.metadata["choices"]
     if type(value) is not type(item.default) or (isinstance(value, float) and not math.isfinite(value)):
         return False
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return False
     if choices and value not in choices:
         return False
     return (low is None or value >= low) and (high is None or value <= high)
@@ -413,7 +415,7 @@ def _in_words(value: Any) -> str:
 def _from_text(item: dataclasses.Field, text: str) -> Any:
     """Return the typed text as the setting's type, or the text itself where it is no such number."""
     if type(item.default) is int:
-        return int(text) if re.fullmatch(r"[+-]?\d+", text.strip(), re.ASCII) else text
+        return int(text) if re.fullmatch(r"[+-]?\d{1,30}", text.strip(), re.ASCII) else text
     if type(item.default) is float:
         try:
             return float(text)
