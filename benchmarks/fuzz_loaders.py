@@ -23,6 +23,7 @@ import os
 import pickle
 import pickletools
 import random
+import re
 import resource
 import shutil
 import signal
@@ -341,8 +342,12 @@ def _make_seeds(name: str, folder: Path) -> list[bytes]:
     grid = [[1, 2, 0], [3, 0, 9]]
     task = {"train": [{"input": grid, "output": grid}] * 2, "test": [{"input": grid, "output": [[7]]}]}
     if name == "checkpoint":
-        store = CheckpointStore(folder, run_id="run")
-        return [store.save(1, envelope()["payload"]).read_bytes(), store.save(2, {"w": torch.ones(2)}).read_bytes()]
+        made = []
+        for content in (envelope(), {**envelope(), "payload": {"w": torch.ones(2)}}):
+            with open(folder / "made", "wb") as file:
+                torch.save(content, file)
+            made.append((folder / "made").read_bytes())
+        return made
     if name == "task":
         return [json.dumps(task).encode(), json.dumps({**task, "name": "x"}, indent=1).encode()]
     if name == "challenges":
@@ -405,7 +410,7 @@ def run_files() -> dict[str, bytes]:
         run.write_config(to_dict(TrainConfig()), data_hash="abc", version="1")
         run.start_session({"python": "3", "argv": ["a"], "packages": {"torch": None}})
         run.set_status("running", epoch=1, best={"exact": 3}, run_id="run")
-        log = MetricLog(run.metrics_path)
+        log = MetricLog(run.metrics_path, clock=lambda: 1e9)
         for epoch in range(2):
             log.append({"event": "epoch", "epoch": epoch, "loss": math.nan, "flags": ["x"]})
             run.write_epoch({"epoch": epoch, "loss": 0.5, "note": "a,b"})
@@ -414,7 +419,16 @@ def run_files() -> dict[str, bytes]:
             held = lock.path.read_bytes()
         names = ("config.json", "env.json", "run.json", "metrics.jsonl", "epochs.csv", "run.log")
         files = {name: (run.path / name).read_bytes() for name in names}
-        return {**files, ".lock": held, "../LATEST": (Path(folder) / "LATEST").read_bytes()}
+        files |= {".lock": held, "../LATEST": (Path(folder) / "LATEST").read_bytes()}
+        return {name: _timeless(content) for name, content in files.items()}
+
+
+def _timeless(content: bytes) -> bytes:
+    """Return a file of a run without what differs from run to run, so that inputs can be made again."""
+    content = re.sub(rb"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d", b"2026-01-01 00:00:00", content)
+    content = re.sub(rb'"pid": \d+', b'"pid": 4242', content)
+    content = re.sub(rb'"host": "[^"]*"', b'"host": "here"', content)
+    return re.sub(rb'"heartbeat": [\d.]+', b'"heartbeat": 1.5', content)
 
 
 def metadata(folder: Path, rng: random.Random) -> list[Load]:
@@ -548,7 +562,7 @@ def _ring(number: int, frame: Any) -> None:
 def judge(error: BaseException) -> str:
     """Return what is wrong about an error that a loader raised; nothing when it is one of ours with a fit message."""
     if isinstance(error, Hang):
-        return f"no end within {SECONDS:.0f} s"
+        return f"no end within {SECONDS:g} s"
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, MemoryError) or "allocate memory" in str(current):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -44,7 +45,8 @@ def try_loader(benchmark, capsys, monkeypatch):
 
 
 def test_a_short_run_finds_no_violation():
-    done = subprocess.run([sys.executable, str(SCRIPT), "--inputs", "2000"], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(SCRIPT), "--inputs", "2000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["checkpoint", "metadata", "task", "challenges", "weights",
@@ -89,7 +91,7 @@ def wait_deafly(path: Path) -> None:
 
 
 def die(path: Path) -> None:
-    os.abort()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def leave(path: Path) -> None:
@@ -113,8 +115,9 @@ def run_code(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("loader", "words"), [
-    (raise_foreign, "KeyError: 'x'"), (wait, "no end within 0 s"), (allocate, "more than 1 GB"), (die, "the process died"),
-    (hide_the_allocation, "more than 1 GB"), (leave, "SystemExit"), (recurse, "RecursionError"),
+    (raise_foreign, "KeyError: 'x'"), (wait, "no end within 0.5 s"), (allocate, "more than 1 GB"),
+    (die, "the process died"), (hide_the_allocation, "more than 1 GB"), (leave, "SystemExit"),
+    (recurse, "RecursionError"),
     (say_much, "a message of 11 lines"), (steer, "a message of 1 lines"), (run_code, "code of the input ran"),
 ])  # fmt: skip
 def test_a_loader_that_fails_is_found_and_its_input_kept(try_loader, loader, words):
@@ -134,8 +137,10 @@ def test_a_worker_that_hears_no_signal_is_ended(benchmark, tmp_path, monkeypatch
     assert "no signal is heard" in result.violation and time.monotonic() - began < 20
 
 
-def test_changes_are_the_same_for_the_same_seed_and_mostly_change(benchmark):
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_changes_are_the_same_for_the_same_seed_and_mostly_change(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUZZ_CANARY", str(tmp_path / "canary"))
     content = benchmark.seeds("checkpoint")[0]
     made = [benchmark.change_checkpoint(content, random.Random(f"{i}")) for i in range(40)]
-    assert made == [benchmark.change_checkpoint(content, random.Random(f"{i}")) for i in range(40)] or True
+    assert made == [benchmark.change_checkpoint(content, random.Random(f"{i}")) for i in range(40)]
     assert len(set(made)) > 30 and content not in made[:5]
