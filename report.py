@@ -65,7 +65,8 @@ def write_text_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash at any moment, sees the old text or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "x", encoding="utf-8", newline="") as file:  # never through a link that lies there
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

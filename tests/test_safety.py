@@ -25,7 +25,7 @@ from conftest import run_main
 
 import archive_check
 import trainloop_complete_with_fixes as driver
-from arc_data import DataError, load_tasks
+from arc_data import Context, DataError, load_tasks
 from config import (
     ConfigError,
     TrainConfig,
@@ -50,7 +50,16 @@ from model_persistence import (
     read_checkpoint,
     save_best_weights,
 )
-from prior_store import FILE_NAME, UNREADABLE, PriorStore, decode_preference, decode_sizes, encode_preference
+from prior_cache import PriorCache
+from prior_store import (
+    FILE_NAME,
+    UNREADABLE,
+    PriorStore,
+    decode_preference,
+    decode_sizes,
+    encode_preference,
+    value_key,
+)
 from report import Console, MetricLog, RunFolder, RunFolderError, read_epochs, read_metrics
 
 OURS = (CheckpointError, RunFolderError, DataError, ConfigError)
@@ -899,6 +908,33 @@ def test_a_cache_whose_table_is_a_view_is_set_aside(tmp_path):
     db.close()
     store = PriorStore(str(tmp_path), warnings.append)
     assert store.get(b"x" * 16) is None and len(warnings) == 1 and "another kind of database" in warnings[0]
+
+
+def test_a_cached_prior_that_is_none_is_computed_again(tmp_path, tasks):
+    context = Context(tasks[0].id, "test:0", tuple((p.input, p.output) for p in tasks[0].train), tasks[0].test[0].input)
+    shape, caches = tasks[0].test[0].output.shape, [PriorCache() for _ in range(2)]
+    for cache in caches:
+        cache.open_disk(str(tmp_path), len)
+    wanted = caches[0].preference(context, shape)
+    key = value_key(caches[0].effort, context.demonstrations, context.input, shape)
+    for junk in (b"x" * 50, encode_preference(Preference(np.full((1, 30, 10), -2.3, np.float32), 0.5, []))):
+        caches[0].store.forget(key)
+        caches[0].store.put(key, junk)
+        caches[0].store.flush()
+        assert caches[1].store.get(key) == junk
+        found = caches[1].preference(context, shape)
+        assert np.array_equal(found.log_prob, wanted.log_prob) and caches[1].store.get(key) != junk
+        caches[1].store.flush()
+        caches[1] = PriorCache()
+        caches[1].open_disk(str(tmp_path), len)
+
+
+def test_a_link_in_the_place_of_a_temporary_is_not_written_through(tmp_path):
+    (tmp_path / "outside").write_text("mine")
+    run = make_run(tmp_path)
+    (run.path / f".run.json.{os.getpid()}.tmp").symlink_to(tmp_path / "outside")
+    run.set_status("finished")
+    assert (tmp_path / "outside").read_text() == "mine" and run.read_status()["status"] == "finished"
 
 
 # The whole driver ----------------------------------------------------------------------------------------------------
