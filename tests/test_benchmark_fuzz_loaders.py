@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,9 +30,10 @@ def benchmark():
 
 
 @pytest.fixture
-def try_loader(benchmark, capsys, monkeypatch):
+def try_loader(benchmark, capsys, monkeypatch, tmp_path):
     """Return a function that fuzzes a loader for ten inputs and returns (exit code, what was printed)."""
     monkeypatch.setattr(benchmark, "SECONDS", 0.5)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the inputs of violations are kept
 
     def run(loader, *argv: str) -> tuple[int, str]:
         def target(folder: Path, rng: random.Random) -> list:
@@ -132,6 +134,7 @@ def test_a_loader_that_fails_is_found_and_its_input_kept(try_loader, loader, wor
 def test_a_worker_that_hears_no_signal_is_ended(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "SECONDS", 0.2)
     monkeypatch.setenv("FUZZ_CANARY", str(tmp_path / "canary"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     began = time.monotonic()
     result = benchmark.run_target("deaf", lambda folder, rng: [lambda: wait_deafly(folder)], 0, range(1), patience=1.0)
     assert "no signal is heard" in result.violation and time.monotonic() - began < 20
