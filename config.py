@@ -1,5 +1,6 @@
 """Settings of the whole system: frozen dataclasses that become command-line flags, JSON, and back.
 
+At the end, how every module reads a small file that somebody else may have written, and shows what stood in it.
 Imports the standard library only, so that `--help` and every usage error answer before torch is loaded.
 Used by every other module; knows nothing about grids.
 """
@@ -9,12 +10,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import math
+import os
 import re
+import reprlib
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 VERSION = "1.0.0"
@@ -29,8 +35,8 @@ class ConfigError(ValueError):
     exit_code = 2
 
     def __init__(self, message: str, hint: str = ""):
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(one_line(message))
+        self.hint = one_line(hint)
 
 
 def setting(
@@ -414,12 +420,15 @@ def _accepts(item: dataclasses.Field, value: Any) -> bool:
     low, high, choices = item.metadata["low"], item.metadata["high"], item.metadata["choices"]
     if type(value) is not type(item.default) or (isinstance(value, float) and not math.isfinite(value)):
         return False
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return False
     if choices and value not in choices:
         return False
     return (low is None or value >= low) and (high is None or value <= high)
 
 
 def _did_you_mean(word: str, known: list[str], otherwise: str) -> str:
+    word = word[:100]  # the comparison takes a time that grows with the square of the length
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else otherwise
 
@@ -430,17 +439,21 @@ def _checked(item: dataclasses.Field, value: Any, name: str, shown: str | None =
     Raises: ConfigError in the form `NAME must be WHAT, got "SHOWN"` when the setting does not accept it.
     """
     if not _accepts(item, value):
-        shown = str(value) if shown is None else shown
+        shown = one_line(_in_words(value) if shown is None else shown, 80)
         help_text = f"{name}: {item.metadata['help']}"
         hint = _did_you_mean(shown, list(item.metadata["choices"]), help_text)
         raise ConfigError(f'{name} must be {_expected(item)}, got "{shown}"', hint)
     return value
 
 
+def _in_words(value: Any) -> str:
+    return value if isinstance(value, str) else reprlib.repr(value)
+
+
 def _from_text(item: dataclasses.Field, text: str) -> Any:
     """Return the typed text as the setting's type, or the text itself where it is no such number."""
     if type(item.default) is int:
-        return int(text) if re.fullmatch(r"[+-]?\d+", text.strip(), re.ASCII) else text
+        return int(text) if re.fullmatch(r"[+-]?\d{1,30}", text.strip(), re.ASCII) else text
     if type(item.default) is float:
         try:
             return float(text)
@@ -463,14 +476,15 @@ def from_dict(cls: type, data: dict[str, Any], prefix: str = "") -> Any:
     unknown = [key for key in data if key not in known]
     if unknown:
         hint = _did_you_mean(str(unknown[0]), list(known), f"known: {', '.join(known)}")
-        raise ConfigError("unknown setting " + ", ".join(f"{prefix}{key}" for key in unknown), hint)
+        named = ", ".join(f"{prefix}{one_line(key, 60)}" for key in unknown[:5])
+        raise ConfigError(f"unknown setting {named}" + ", ..." * (len(unknown) > 5), hint)
     values = {}
     for key, value in data.items():
         item = known[key]
         if item.default is dataclasses.MISSING:
             values[key] = from_dict(item.default_factory, value, f"{prefix}{key}.")
             continue
-        if type(item.default) is float and type(value) is int:
+        if type(item.default) is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         values[key] = _checked(item, value, f"{prefix}{key}")
     return cls(**values)
@@ -508,7 +522,7 @@ def _check_words(run: RunConfig, data: DataConfig, prompt: PromptConfig) -> None
         "last:2 trains the last two layers of the language model",
     )
     _require(
-        re.fullmatch(r"(?!\.+$)[^/\\\0]*", run.name) is not None,
+        run.name == "" or is_folder_name(run.name),
         f'--name must be the name of one folder, got "{run.name}"',
         "--out chooses where the run folders lie",
     )
@@ -823,3 +837,128 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine:
         print_config=typed.print_config,
         verb=verb,
     )
+
+
+# Files that others may have written.
+
+MAX_INFLATED = 400_000_000  # bytes that the containers and strings of a JSON text may take once parsed
+MAX_NESTING = 64
+
+
+class UnsafeFileError(OSError):
+    """A file that is not read because of what it is or how large; `strerror` is the reason."""
+
+    def __init__(self, reason: str, path: str | Path):
+        super().__init__(errno.EINVAL, reason, str(path))
+
+
+def one_line(text: object, limit: int = 400) -> str:
+    """Return text that fits on a line of a terminal and cannot steer it.
+
+    What is not printable is escaped; of more than `limit` characters the middle is left out.
+    """
+    text = str(text)
+    for _ in range(2):  # escapes make text longer
+        if len(text) > limit:
+            half = (limit - 5) // 2
+            text = f"{text[: limit - 5 - half]} ... {text[len(text) - half :]}"
+        if text.isprintable():
+            break
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return text
+
+
+def is_folder_name(text: str) -> bool:
+    """Return whether the text names one folder inside another: no separator, nothing unprintable, not . or .. alone."""
+    return text.isprintable() and len(text.encode()) <= 255 and bool(re.fullmatch(r"(?!\.+$)[^/\\]+", text))
+
+
+def open_regular(path: str | Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
+    """Return a descriptor of a regular file, opened without waiting; a link is followed only where `follow` says so.
+
+    Raises: UnsafeFileError for a link, folder, pipe, socket or device; OSError when the system refuses.
+    """
+    if not follow and os.path.islink(path):
+        raise UnsafeFileError("it is a symbolic link", path)
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    if not follow:
+        flags |= getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        reasons = {errno.EISDIR: "it is a folder", errno.ENXIO: "it is a pipe or a device"}
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP and not follow else reasons.get(error.errno)
+        if reason:
+            raise UnsafeFileError(reason, path) from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise UnsafeFileError("it is a folder" if stat.S_ISDIR(mode) else "it is a pipe or a device", path)
+    return descriptor
+
+
+def read_regular(path: str | Path, limit: int, *, follow: bool = False) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises: UnsafeFileError for a larger file, and as `open_regular`; OSError when the system refuses.
+    """
+    with open(open_regular(path, follow=follow), "rb") as file:
+        content = b"" if os.fstat(file.fileno()).st_size > limit else file.read(limit + 1)
+        if len(content) > limit or os.fstat(file.fileno()).st_size > limit:
+            size = f"{limit // 10**6} MB" if limit >= 10**6 else f"{limit} bytes"
+            raise UnsafeFileError(f"it is larger than {size}", path)
+    return content
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of a JSON text. Raises: ValueError when a name comes twice in it."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the name {one_line(repr(twice[:100]), 60)} comes twice")
+    return found
+
+
+def check_inflation(content: bytes, limit: int = MAX_INFLATED) -> None:
+    """Refuse a JSON text whose lists, objects and strings would take far more memory than the text.
+
+    Raises: ValueError.
+    """
+    if 100 * content.count(b"[") + 350 * content.count(b"{") + 42 * content.count(b'"') > limit:
+        raise ValueError("it holds too many lists, objects and names")
+
+
+def parse_json(content: bytes) -> Any:
+    """Return the value of a JSON text that a program of ours wrote.
+
+    Raises: ValueError when it is no UTF-8 or no JSON, has a name twice in an object, is nested more than MAX_NESTING
+    deep, or holds a number that is not finite or beyond 64 bits, or text that UTF-8 cannot write.
+    """
+    check_inflation(content)
+    try:
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_names)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    _check_values(value)
+    return value
+
+
+def _check_values(value: Any) -> None:
+    """Look at every value of parsed JSON, level by level. Raises: ValueError as `parse_json`."""
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_NESTING:
+            raise ValueError("it is nested too deeply")
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += [*item, *item.values()]
+            elif isinstance(item, list):
+                inner += item
+            elif isinstance(item, str):
+                item.encode()  # a lone surrogate raises a ValueError
+            elif not (abs(item or 0) < 2**63 if isinstance(item, int) else math.isfinite(item or 0.0)):
+                raise ValueError("a number in it is not finite or beyond 64 bits")
+        level, depth = inner, depth + 1

@@ -18,10 +18,10 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from config import VERSION
+from archive_check import FOREIGN, ArchiveError, check_archive
+from config import VERSION, UnsafeFileError, is_folder_name, one_line, open_regular, parse_json, read_regular
 
 try:
     import fcntl
@@ -48,6 +48,8 @@ TEMPORARY_NAME = re.compile(r"\.tmp-(\d+)-.*")
 HUGE = 500_000_000  # bytes; above this only KEEP_HUGE checkpoints stay
 KEEP_HUGE = 2
 PINNED_BYTES = 2**31
+MAX_JSON = 16_000_000  # bytes of run.json, and of config.json beside the best weights
+MAX_HEADER = 4_000_000  # bytes that describe the tensors of the best weights
 RETRY_SECONDS = (0.5, 2.0)
 HEARTBEAT_LIMIT = 120.0  # seconds after which another host's lock is void
 HEARTBEAT_INTERVAL = 5.0
@@ -59,8 +61,8 @@ class CheckpointError(ValueError):
     """What the user can mend about saving or resuming; `hint` says how, `exit_code` is the driver's."""
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 5):
-        super().__init__(message)
-        self.hint, self.exit_code = hint, exit_code
+        super().__init__(one_line(message))
+        self.hint, self.exit_code = one_line(hint), exit_code
 
 
 class DamagedError(CheckpointError):
@@ -279,18 +281,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises: DamagedError with the reason; CheckpointError when a newer program wrote it; OSError when it cannot be read.
     """
     path = Path(path)
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if not head:
-        raise DamagedError("file is empty")
-    if not head.startswith(b"PK"):
-        is_page = head.lstrip().startswith(b"<")
-        raise DamagedError("a web page, not a checkpoint" if is_page else "not a checkpoint file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken:
-            raise DamagedError(f"checksum mismatch in {broken}")
+        _check_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (DamagedError, MemoryError):
         raise
@@ -301,44 +293,72 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return _open_envelope(path, content)
 
 
+def _check_file(path: Path, checksums: bool = True) -> None:
+    """Return nothing if torch can be given the file. Raises: DamagedError with the reason."""
+    try:
+        with open(open_regular(path), "rb") as file:
+            head = file.read(64)
+            if not head:
+                raise DamagedError("file is empty")
+            if not head.startswith(b"PK"):
+                is_page = head.lstrip().startswith(b"<")
+                raise DamagedError("a web page, not a checkpoint" if is_page else "not a checkpoint file")
+            check_archive(file, checksums)
+    except (ArchiveError, UnsafeFileError) as error:
+        raise DamagedError(getattr(error, "strerror", "") or str(error)) from error
+
+
 def _describe_damage(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
-        return "holds something other than plain data"
-    if isinstance(error, EOFError) or "not a zip file" in str(error):
-        return "file ends early"
+        return FOREIGN
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _open_envelope(path: Path, content: Any) -> Checkpoint:
-    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+    if not isinstance(content, dict) or type(content.get("format")) is not int:
         raise DamagedError("has no format number")
     if content["format"] != FORMAT:
+        program = one_line(content.get("program", "?"), 40)
         raise CheckpointError(
-            f"checkpoint format {content['format']} was written by ARC-EFE {content.get('program', '?')}; "
+            f"checkpoint format {content['format']} was written by ARC-EFE {program}; "
             f"this is {VERSION} (format {FORMAT})",
             "git pull" if content["format"] > FORMAT else "start a new run with --fresh, or resume with that version")
-    try:
-        return Checkpoint(path, int(content["step"]), str(content["run_id"]), float(content["saved_at"]),
-                          content["payload"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"lacks or misspells {error}") from error
+    step, run_id, saved_at = (content.get(name) for name in ("step", "run_id", "saved_at"))
+    fits = {
+        "step": type(step) is int and 0 <= step < 2**63,
+        "run_id": isinstance(run_id, str) and 0 < len(run_id) <= 1000,
+        "saved_at": type(saved_at) in (int, float) and 0 <= saved_at < 1e12,
+        "payload": isinstance(content.get("payload"), dict),
+    }
+    wrong = [name for name, fit in fits.items() if not fit]
+    if wrong:
+        raise DamagedError(f"lacks or misspells {', '.join(wrong)}")
+    return Checkpoint(path, step, run_id, float(saved_at), content["payload"])
 
 
 def _peek(path: Path) -> tuple[str, float] | None:
-    """Return (run id, time of saving) without reading the tensors, None if that fails; the content is not checked."""
+    """Return (run id, time of saving) without reading the tensors, None if that fails; no checksum is looked at."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return str(content["run_id"]), float(content["saved_at"])
+        _check_file(path, checksums=False)
+        checkpoint = _open_envelope(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        return checkpoint.run_id, checkpoint.saved_at
     except Exception:  # any damage; the caller treats the file as not its own
         return None
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the step files of a run, newest step first, by name alone."""
+    """Return the step files of a run, newest step first, by name alone; links, folders and pipes are left out."""
     folder = Path(run_dir) / CHECKPOINTS
     found = [(int(match[1]), path) for path in (folder.iterdir() if folder.is_dir() else ())
-             if (match := STEP_NAME.fullmatch(path.name))]
+             if (match := STEP_NAME.fullmatch(path.name)) and _is_regular(path)]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:  # deleted meanwhile
+        return False
 
 
 # 4. Store ----------------------------------------------------------------------------------------------------------
@@ -667,15 +687,42 @@ def save_best_weights(folder: Path | str, tensors: Mapping[str, Tensor], config:
 def load_best_weights(folder: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return (tensors, config) of `save_best_weights`.
 
-    Raises: CheckpointError when a file is missing or damaged.
+    Raises: CheckpointError when a file is missing, damaged, no regular file, or does not fit the other.
     """
     folder = Path(folder)
     try:
-        return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"cannot load the weights in {folder} ({reason})",
+        config = parse_json(read_regular(folder / "config.json", MAX_JSON))
+        _check_facts(config)
+        _check_header(folder / "model.safetensors")
+        return load_file(folder / "model.safetensors"), config
+    except MemoryError:
+        raise
+    except Exception as error:  # damage surfaces as almost any type
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise CheckpointError(f"cannot load the weights in {folder} ({one_line(reason.splitlines()[0], 150)})",
                               "give the best/ folder of a run") from error
+
+
+def _check_facts(config: Any) -> None:
+    """Refuse a config.json whose facts beside the settings are of another kind than the system exports."""
+    if not isinstance(config, dict):
+        raise ValueError("config.json is damaged: it holds no object")
+    kinds = {"config": dict, "memory": dict, "num_tasks": int, "model_revision": str}
+    wrong = [name for name, kind in kinds.items() if name in config and type(config[name]) is not kind]
+    if wrong:
+        raise ValueError(f"config.json is damaged: {', '.join(wrong)}")
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a file whose header is absurdly large, no JSON, or names another end than the file's."""
+    with open(open_regular(path), "rb") as file:
+        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        if length > min(MAX_HEADER, size):
+            raise ValueError(f"the header of model.safetensors claims {length} bytes")
+        header = parse_json(file.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if max(ends, default=0) + 8 + length != size:
+        raise ValueError("model.safetensors ends early or late")
 
 
 def _strip_places(config: dict[str, Any]) -> dict[str, Any]:
@@ -708,7 +755,7 @@ class RunLock:
     def acquire(self) -> RunLock:
         """Return the lock, held."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = self._open()
         try:
             locked = _try_flock(descriptor)
             holder = self._read(descriptor)
@@ -752,6 +799,13 @@ class RunLock:
         return CheckpointError(f"{run} is being trained by pid {pid} on {where}{beat}",
                                "stop it, or use another --name", exit_code=4)
 
+    def _open(self) -> int:
+        try:
+            return open_regular(self.path, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            hint = "delete it" if isinstance(error, UnsafeFileError) else "choose another folder with --out DIR"
+            raise CheckpointError(f"cannot lock the run: {self.path}: {error.strerror}", hint, exit_code=4) from error
+
     def _write(self) -> None:
         self._beaten = time.monotonic()
         text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "heartbeat": self._clock()}).encode()
@@ -764,11 +818,12 @@ class RunLock:
     def _read(descriptor: int) -> dict[str, Any]:
         os.lseek(descriptor, 0, os.SEEK_SET)
         try:
-            found = json.loads(os.read(descriptor, 4096))
+            found = parse_json(os.read(descriptor, 4096))
         except ValueError:
             return {}
-        known = isinstance(found, dict) and isinstance(found.get("heartbeat"), (int, float))
-        return found if known and isinstance(found.get("pid"), int) else {}
+        known = isinstance(found, dict) and type(found.get("heartbeat")) in (int, float) and (
+            type(found.get("pid")) is int and 0 < found["pid"] < 2**31)
+        return {**found, "host": one_line(found.get("host", "another machine"), 80)} if known else {}
 
 
 def _try_flock(descriptor: int) -> bool | None:
@@ -891,8 +946,7 @@ def _newest(runs: list[Path]) -> RunChoice | None:
 
 
 def _find_named(places: list[Path], word: str) -> RunChoice:
-    path = Path(word).expanduser()
-    named = [place / word for place in places if (place / word).exists()] if not path.exists() else [path]
+    named = _resume_paths(places, word)
     if named and named[0].is_file():
         return _choose_file(named[0])
     if named:
@@ -902,9 +956,22 @@ def _find_named(places: list[Path], word: str) -> RunChoice:
             return choice
         raise CheckpointError(f"--resume: {named[0]} has no loadable checkpoint", "start one without --resume")
     names = {run.name: run for place in reversed(places) for run in _runs_in(place)}
-    close = difflib.get_close_matches(Path(word).name, names, n=1)
+    close = difflib.get_close_matches(Path(word).name[:255], names, n=1)
     hint = f"did you mean {names[close[0]]}?" if close else "--resume alone takes the newest run"
-    raise CheckpointError(f"--resume: no such run or checkpoint: {word}", hint)
+    raise CheckpointError(f"--resume: no such run or checkpoint: {one_line(word, 200)}", hint)
+
+
+def _resume_paths(places: list[Path], word: str) -> list[Path]:
+    """Return what a word means: that path, else the runs of that name; a path is never looked up in `places`."""
+    try:
+        path = Path(word).expanduser()
+        if path.exists():
+            return [path]
+        return [place / word for place in places if (place / word).exists()] if is_folder_name(word) else []
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a home folder that is not there
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"--resume: no such run or checkpoint: {one_line(word, 100)} ({reason})",
+                              "--resume alone takes the newest run") from error
 
 
 def _choose_file(path: Path) -> RunChoice:
@@ -937,15 +1004,19 @@ def _time_of(run: Path) -> float:
 
 
 def _read_run(run: Path) -> dict[str, Any]:
+    """Return the content of run.json, empty when it cannot be used; a run id that is no text is left out."""
     try:
-        found = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        found = parse_json(read_regular(run / "run.json", MAX_JSON))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return found if isinstance(found.get("run_id", ""), str) else {**found, "run_id": None}
 
 
 def _status_of(run: Path) -> str:
-    return str(_read_run(run).get("status", "unknown"))
+    status = _read_run(run).get("status", "unknown")
+    return status if isinstance(status, str) else "unknown"
 
 
 # 10. Random state ---------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from demo_prior import Preference, Shape
 from prior_store import (
     MAX_CANDIDATES,
     MIN_PARALLEL,
+    UNREADABLE,
     PriorStore,
     Work,
     compute_all,
@@ -255,24 +256,28 @@ class PriorCache:
     def _preference(self, context: Context, shape: Shape) -> Preference:
         """Return the unaugmented preference for the augmented `shape`."""
         plain = context.augmentation.apply_shape((int(shape[0]), int(shape[1])))
-        return self._get(_name(context, plain), lambda: _decode(plain, self._value(context, plain)))
+        return self._get(_name(context, plain), lambda: self._value(context, plain))
 
     def _sizes(self, context: Context) -> list[tuple[Shape, float]]:
-        return self._get(_name(context, None), lambda: _decode(None, self._value(context, None)))
+        return self._get(_name(context, None), lambda: self._value(context, None))
 
-    def _value(self, context: Context, shape: Shape | None) -> bytes:
-        """Return the encoded preference at an unaugmented shape, or the sizes (None), from the disk or computed."""
+    def _value(self, context: Context, shape: Shape | None) -> Any:
+        """Return the preference at an unaugmented shape, or the sizes (None), from the disk or computed."""
         demonstrations, test_input = context.demonstrations, context.input
         key = value_key(self.effort, demonstrations, test_input, shape)
         data = self.store.get(key) if self.store is not None else None
-        if data is None:
-            if shape is None:
-                data = compute_sizes(demonstrations, test_input)
-            else:
-                data = compute_preference(self.effort, demonstrations, test_input, shape)
-            if self.store is not None:
-                self.store.put(key, data)
-        return data
+        if data is not None:
+            try:
+                return _decode(shape, data)
+            except UNREADABLE:  # its checksum is right, so another program wrote it
+                self.store.forget(key)
+        if shape is None:
+            data = compute_sizes(demonstrations, test_input)
+        else:
+            data = compute_preference(self.effort, demonstrations, test_input, shape)
+        if self.store is not None:
+            self.store.put(key, data)
+        return _decode(shape, data)
 
     def _there(self, items: Sequence[tuple[Context, Shape | None]]) -> set[tuple]:
         """Return the names of those of (context, unaugmented shape) that are in memory or on the disk."""
@@ -306,7 +311,13 @@ def _name(context: Context, shape: Shape | None) -> tuple:
 
 
 def _decode(shape: Shape | None, data: bytes) -> Any:
-    return decode_sizes(data) if shape is None else decode_preference(data)
+    """Return the decoded value. Raises: one of UNREADABLE, also for a preference of another shape."""
+    if shape is None:
+        return decode_sizes(data)
+    preference = decode_preference(data)
+    if preference.log_prob.shape[:2] != tuple(shape):
+        raise ValueError("a preference of another shape")
+    return preference
 
 
 def _plain_shapes(sizes: Tensor | Sequence[Shape]) -> Sequence[Shape]:

