@@ -632,7 +632,7 @@ def note_finished(run: Run) -> None:
     """Note in run.json that the last epoch is over."""
     state = run.state
     run.note("run.json", lambda: run.folder.set_status("finished", epoch=state.epoch, batch=0, step=state.step,
-                                                       best=state.best))  # fmt: skip
+                                                       best=state.best, flags=run.health.summary()))  # fmt: skip
 
 
 def train_epochs(run: Run) -> int | None:
@@ -656,6 +656,7 @@ def roll_back(run: Run, problem: TrainingDiverged) -> None:
     Raises: problem, when that was done MAX_ROLLBACKS times, or when there is no such checkpoint.
     """
     rollbacks, rung = run.state.rollbacks + 1, run.state.rung
+    flags = run.health.state_dict()
     run.saver.wait()
     checkpoint = run.store.latest(lambda found: found.payload["loop"]["bad_steps"] == 0)
     if rollbacks > MAX_ROLLBACKS or checkpoint is None:
@@ -665,6 +666,7 @@ def roll_back(run: Run, problem: TrainingDiverged) -> None:
     adapt(run, from_dict(TrainConfig, checkpoint.payload["config"]))
     state = run.state
     state.rung = rung  # what this session has learned about its memory still holds
+    run.health.load_state_dict(flags)  # and what it has said needs no repeating
     state.rollbacks, state.lr_factor = rollbacks, 0.5**rollbacks
     run.console.warn(f"{problem}; back to {checkpoint.path.name} with {state.lr_factor:g} of the learning rate"
                      f" ({rollbacks}/{MAX_ROLLBACKS})")  # fmt: skip
@@ -947,7 +949,7 @@ def save(run: Run, best: Weights | None = None, is_best_delta: bool = False) -> 
     facts = {"epoch": state.epoch, "batch": state.batch, "step": state.step, "best": dict(state.best)}
 
     def written() -> None:
-        run.note("run.json", lambda: run.folder.set_status("running", **facts))
+        run.note("run.json", lambda: run.folder.set_status("running", **facts, flags=run.health.summary()))
         if run.backup is not None:
             run.backup.offer()
 
