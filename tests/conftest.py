@@ -12,12 +12,15 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before numpy; the tests measure the time of one thread
 
 import contextlib
+import importlib
 import io
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,6 +38,13 @@ SMALL = ("--model", "tiny", "--preset", "tiny", "--width", "32", "--read-blocks"
          "--prompt-dim", "16", "--batch-size", "4")  # fmt: skip
 
 torch.set_num_threads(1)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def benchmark(request: pytest.FixtureRequest) -> ModuleType:
+    """Return the script that a test module test_benchmark_NAME is about, as a module."""
+    return importlib.import_module(request.module.__name__.removeprefix("test_benchmark_"))
 
 
 @pytest.fixture(scope="session", autouse=True)

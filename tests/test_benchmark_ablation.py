@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 
+import ablation
 import numpy as np
 import pytest
-from conftest import ROOT, own_process
+from conftest import own_process
 
 from config import TrainConfig, from_dict, parse_command_line, resolve, to_dict
-
-SPEC = importlib.util.spec_from_file_location("benchmark_ablation", ROOT / "benchmarks" / "ablation.py")
-ablation = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = ablation
-SPEC.loader.exec_module(ablation)
 
 
 @pytest.mark.parametrize("name", ablation.ARMS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import signal
@@ -18,15 +17,6 @@ import pytest
 from arc_data import DataError
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "fuzz_loaders.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """Return the script as a module."""
-    spec = importlib.util.spec_from_file_location("benchmark_fuzz_loaders", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

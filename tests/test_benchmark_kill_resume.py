@@ -7,13 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kill_resume
 import pytest
 import torch
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import kill_resume
 from overfit import small_tasks, write_folder
 
 import trainloop_complete_with_fixes as driver

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "mutations.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """Return the script as a module."""
-    spec = importlib.util.spec_from_file_location("benchmark_mutations", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

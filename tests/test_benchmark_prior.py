@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,19 +15,6 @@ from demo_prior import Preference
 from prior_cache import PriorCache
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "prior.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Iterator[ModuleType]:
-    """Return the script as a module; the number of threads that it sets is not left behind."""
-    spec = importlib.util.spec_from_file_location("benchmark_prior", SCRIPT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent.parent))
-        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            patch.setenv(name, "1")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
 
 
 def preference(*grids: np.ndarray) -> Preference:

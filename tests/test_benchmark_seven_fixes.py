@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -19,20 +15,6 @@ from config import LossConfig
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "seven_fixes.py"
 DOCUMENT = ROOT / "docs" / "ALL_7_FIXES_EXPLAINED.md"
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Iterator[ModuleType]:
-    """Return the script as a module; the number of threads that it sets is not left behind."""
-    spec = importlib.util.spec_from_file_location("benchmark_seven_fixes", SCRIPT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            patch.setenv(name, "1")
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, module)  # its dataclass looks its module up
-        spec.loader.exec_module(module)
-        yield module
 
 
 @pytest.fixture(scope="module")

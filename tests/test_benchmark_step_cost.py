@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
-import pytest
 import torch
-from conftest import ROOT
 from torch.profiler import ProfilerActivity, profile, record_function
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    """Return the script as a module."""
-    spec = importlib.util.spec_from_file_location("benchmark_step_cost", ROOT / "benchmarks" / "step_cost.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
 
 
 def event(name: str, start: int, end: int) -> SimpleNamespace:

@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_main
+from fuzz_loaders import GIGABYTE, OURS
 
 import archive_check
 import trainloop_complete_with_fixes as driver
-from arc_data import Context, DataError, load_tasks
+from arc_data import Context, load_tasks
 from config import (
-    ConfigError,
     TrainConfig,
     UnsafeFileError,
     from_dict,
@@ -41,7 +41,6 @@ from config import (
 from demo_prior import Preference
 from model_persistence import (
     FORMAT,
-    CheckpointError,
     CheckpointStore,
     RunLock,
     find_run,
@@ -60,10 +59,8 @@ from prior_store import (
     encode_preference,
     value_key,
 )
-from report import Console, MetricLog, RunFolder, RunFolderError, read_epochs, read_metrics
+from report import Console, MetricLog, RunFolder, read_epochs, read_metrics
 
-OURS = (CheckpointError, RunFolderError, DataError, ConfigError)
-GIGABYTE = 10**9
 GRID = [[1, 2], [3, 4]]
 TASK = {"train": [{"input": GRID, "output": GRID}], "test": [{"input": GRID, "output": GRID}]}
 
