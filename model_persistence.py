@@ -324,6 +324,7 @@ def _open_envelope(path: Path, content: Any) -> Checkpoint:
             f"this is {VERSION} (format {FORMAT})",
             "git pull" if content["format"] > FORMAT else "start a new run with --fresh, or resume with that version")
     step, run_id, saved_at = (content.get(name) for name in ("step", "run_id", "saved_at"))
+    named = step_of(path)
     fits = {
         "step": type(step) is int and 0 <= step < 2**63,
         "run_id": isinstance(run_id, str) and 0 < len(run_id) <= 1000,
@@ -333,6 +334,8 @@ def _open_envelope(path: Path, content: Any) -> Checkpoint:
     wrong = [name for name, fit in fits.items() if not fit]
     if wrong:
         raise DamagedError(f"lacks or misspells {', '.join(wrong)}")
+    if named not in (None, step):
+        raise DamagedError(f"holds step {step}, which is not that of its name")
     return Checkpoint(path, step, run_id, float(saved_at), content["payload"])
 
 
@@ -349,9 +352,15 @@ def _peek(path: Path) -> tuple[str, float] | None:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the step files of a run, newest step first, by name alone; links, folders and pipes are left out."""
     folder = Path(run_dir) / CHECKPOINTS
-    found = [(int(match[1]), path) for path in (folder.iterdir() if folder.is_dir() else ())
-             if (match := STEP_NAME.fullmatch(path.name)) and _is_regular(path)]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in (folder.iterdir() if folder.is_dir() else ())
+             if step_of(path) is not None and _is_regular(path)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step that the name of a checkpoint file says; None for another name, such as best_delta.pt."""
+    match = STEP_NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def _is_regular(path: Path) -> bool:
@@ -465,7 +474,7 @@ class CheckpointStore:
         """Return this run's checkpoints beyond `step`, renamed to *.superseded; for going on from an older one."""
         moved = []
         for path in self._own():
-            if int(STEP_NAME.fullmatch(path.name)[1]) > step:
+            if step_of(path) > step:
                 target = path.with_name(path.name + ".superseded")
                 os.replace(path, target)
                 moved.append(target)
@@ -1001,6 +1010,12 @@ def _choose(run: Path, paths: Iterable[Path]) -> RunChoice | None:
 def _time_of(run: Path) -> float:
     """Return when the run's newest readable checkpoint was saved, 0 if there is none."""
     return next((peeked[1] for path in list_checkpoints(run) if (peeked := _peek(path))), 0.0)
+
+
+def run_id_of(run: Path) -> str | None:
+    """Return which run a folder holds: what run.json says, else its newest whole checkpoint, else None."""
+    choice = _choose(run, list_checkpoints(run))
+    return choice.run_id if choice is not None else _read_run(run).get("run_id")
 
 
 def _read_run(run: Path) -> dict[str, Any]:

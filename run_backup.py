@@ -1,7 +1,7 @@
 """Keep a copy of a run in a second folder, such as a mounted Google Drive, and bring a run back from it.
 
 A backup is never the end or a stall of training: it is made on a thread of its own, each file verified by reading it
-again, and whatever goes wrong is a warning and a later retry. Imports model_persistence (L1). Used by the driver.
+again, and whatever goes wrong is a warning and a later retry. Imports config and model_persistence. Used by the driver.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from config import open_regular
 from model_persistence import (
     BACKUP_MARKER,
     BEST_DELTA,
@@ -24,8 +25,9 @@ from model_persistence import (
     RunChoice,
     RunLock,
     list_checkpoints,
-    read_checkpoint,
     remove_leftovers,
+    run_id_of,
+    step_of,
     sync_folder,
 )
 
@@ -138,7 +140,7 @@ class Backup:
         for name in (*BEST_FILES, *SMALL_FILES):
             self._copy(name)
         if newest is not None and self._copy(f"{CHECKPOINTS}/{newest.name}"):
-            self.step = _step_of(newest)
+            self.step = step_of(newest)
             self._forget_others(self.step)
 
     def _copy(self, name: str) -> bool:
@@ -162,7 +164,7 @@ class Backup:
         A file is emptied first, because a deleted one stays in a Drive's bin and counts there.
         """
         found = list_checkpoints(self.folder)
-        upto = [path for path in found if _step_of(path) <= step]
+        upto = [path for path in found if step_of(path) <= step]
         for path in [path for path in found if path not in upto[:KEPT]]:
             os.truncate(path, 0)
             path.unlink(missing_ok=True)
@@ -175,7 +177,7 @@ def copy_verified(source: Path, target: Path) -> None:
     """
     temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     try:
-        with open(source, "rb") as read, open(temporary, "wb") as write:
+        with open(open_regular(source), "rb") as read, open(temporary, "wb") as write:
             written = hashlib.blake2b()
             while chunk := read.read(CHUNK):
                 written.update(chunk)
@@ -187,10 +189,8 @@ def copy_verified(source: Path, target: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    found = hashlib.blake2b()
     with open(target, "rb") as read:
-        while chunk := read.read(CHUNK):
-            found.update(chunk)
+        found = hashlib.file_digest(read, hashlib.blake2b)
     if found.digest() != written.digest():
         target.unlink(missing_ok=True)
         raise OSError(errno.EIO, f"the copy of {source.name} reads otherwise than what was written")
@@ -200,23 +200,32 @@ def bring_back(choice: RunChoice, out: Path | str) -> RunChoice:
     """Return the run under `out` after copying it there from the backup that `choice` lies in.
 
     A run that is there already, with older checkpoints, gets the newer one and the logs.
-    Raises: CheckpointError when another run has the name, or another process trains it; OSError.
+    Raises: CheckpointError when another run has the name, another process trains it, or the copy fails.
     """
     source, target = choice.path, Path(out) / choice.path.name
     names = [*BEST_FILES, *SMALL_FILES, str(choice.checkpoint.relative_to(source))]
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Under a temporary name first: a run folder that is only half there must not look like a run.
-        remove_leftovers(target.parent)
-        building = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-        _copy_names(source, building, names)
-        os.replace(building, target)
-        sync_folder(target.parent)
-    else:
-        _require_same_run(target, choice)
-        with RunLock(target):
-            _copy_names(source, target, names)
+    try:
+        if target.exists():
+            _require_same_run(target, choice)
+            with RunLock(target):
+                _copy_names(source, target, names)
+        else:
+            _copy_as_a_whole(source, target, names)
+    except OSError as error:
+        raise CheckpointError(f"cannot bring {source} back to {target} ({error.strerror or error})",
+                              "is there space, and is the backup mounted? then the same command again",
+                              exit_code=4) from error
     return choice.moved(target)
+
+
+def _copy_as_a_whole(source: Path, target: Path, names: list[str]) -> None:
+    """Copy under a temporary name first: a run folder that is only half there must not look like a run."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent)
+    building = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    _copy_names(source, building, names)
+    os.replace(building, target)
+    sync_folder(target.parent)
 
 
 def _copy_names(source: Path, target: Path, names: list[str]) -> None:
@@ -228,22 +237,6 @@ def _copy_names(source: Path, target: Path, names: list[str]) -> None:
 
 
 def _require_same_run(target: Path, choice: RunChoice) -> None:
-    try:
-        run_id = json.loads((target / "run.json").read_text(encoding="utf-8")).get("run_id")
-    except (OSError, ValueError, AttributeError):
-        run_id = None
-    found = next((c.run_id for c in map(_read, list_checkpoints(target)) if c is not None), run_id)
-    if found not in (None, choice.run_id):
+    if run_id_of(target) not in (None, choice.run_id):
         raise CheckpointError(f"{target} is another run than the backup {choice.path}",
                               "move it away, or choose another folder with --out DIR")
-
-
-def _read(path: Path):
-    try:
-        return read_checkpoint(path)
-    except (CheckpointError, OSError):
-        return None
-
-
-def _step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step_"))

@@ -139,6 +139,16 @@ def test_newest_is_decided_by_step_not_by_file_time(tmp_path):
     assert store.latest().step == 3
 
 
+def test_a_checkpoint_under_another_steps_name_is_not_believed(tmp_path):
+    store, said = make_store(tmp_path)
+    for step in (1, 2):
+        store.save(step, make_payload(step))
+    os.replace(store.path(1), store.path(9))
+    assert find_run(tmp_path.parent, str(tmp_path)).step == 2
+    assert store.latest().step == 2
+    assert "step_000000009.pt is damaged (holds step 1, which is not that of its name)" in said[0]
+
+
 def test_huge_checkpoints_are_kept_twice_and_said_once(tmp_path, monkeypatch):
     monkeypatch.setattr(model_persistence, "HUGE", 1000)
     store, said = make_store(tmp_path, keep=5)

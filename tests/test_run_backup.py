@@ -297,3 +297,25 @@ def test_a_kill_while_bringing_back_leaves_nothing_that_looks_like_a_run(backed_
         find_run(runs)
     assert bring_back(choice, runs).path == runs / "one"
     assert [path.name for path in runs.iterdir()] == ["one"]
+
+
+def test_a_copy_back_that_fails_says_what_to_do(backed_up, tmp_path, monkeypatch):
+    choice = find_run(tmp_path / "nothing", str(backed_up))
+
+    def full(source, target):
+        raise FAILURES["full"]
+
+    monkeypatch.setattr(run_backup, "copy_verified", full)
+    with pytest.raises(CheckpointError, match=r"cannot bring .*one back to .*one \(No space left") as caught:
+        bring_back(choice, tmp_path / "new")
+    assert caught.value.exit_code == 4 and caught.value.hint.startswith("is there space")
+    assert not (tmp_path / "new" / "one").exists()
+
+
+def test_a_link_in_a_backup_is_not_followed(backed_up, tmp_path):
+    (tmp_path / "secret").write_text("not part of any run")
+    (backed_up / "one" / "run.log").unlink()
+    (backed_up / "one" / "run.log").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="cannot bring"):
+        bring_back(find_run(tmp_path / "nothing", str(backed_up)), tmp_path / "new")
+    assert not (tmp_path / "new" / "one").exists()
