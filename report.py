@@ -518,6 +518,11 @@ class Console:
         self._bar = progress(total, desc, initial, quiet=self.quiet, leave=leave, unit=unit)
         return self._bar
 
+    def end_progress(self) -> None:
+        """Close a bar that an error left behind."""
+        if self._bar is not None:
+            self._bar.close()
+
     def _complain(self, kind: str, text: str, hint: str) -> None:
         lines = [f"{kind}: {text}"] + ([f"hint: {hint}"] if hint else [])
         for line in lines:

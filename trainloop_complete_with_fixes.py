@@ -476,10 +476,9 @@ class LoopState:
 
     batch is the next batch of `epoch`; step counts batches of all epochs; window and epoch_sums are sums since the last
     log line and since the epoch's start, kept on the device; memory_before holds what the memory had counted at the
-    epoch's start; best holds the best validation figures so far; lr_factor is halved by each of the rollbacks;
-    segments holds the batches of `epoch` that were taken
-    under other batch sizes, before a resume changed them; device and precision say on what the last session computed,
-    and rung what it had to do to fit its memory.
+    epoch's start; best holds the best validation figures so far; lr_factor is halved by each of the rollbacks; segments
+    holds the batches of `epoch` that were taken under other batch sizes, before a resume changed them; device and
+    precision say on what the last session computed, and rung what it had to do to fit its memory.
     """
 
     epoch: int = 0
@@ -619,6 +618,7 @@ def train(run: Run) -> int:
             code = train_epochs(run)
             break
         except TrainingDiverged as problem:
+            run.console.end_progress()
             roll_back(run, problem)
     if code is not None:
         return code
@@ -679,8 +679,7 @@ def train_epoch(run: Run, epoch: int) -> int | None:
     """Train on the batches of an epoch that are left; return an exit code when the session has to end."""
     state, config = run.state, run.config
     if state.epoch != epoch or state.validated:
-        state.epoch, state.batch, state.validated = epoch, 0, False
-        state.segments = []
+        state.epoch, state.batch, state.validated, state.segments = epoch, 0, False, []
         state.epoch_sums, state.window, state.epoch_seconds, state.save_seconds = {}, {}, 0.0, 0.0
         state.memory_before = memory_counts(run)
     run.sampler.continue_epoch(epoch, state.segments)
@@ -980,7 +979,7 @@ def require_saved(run: Run) -> None:
         newest = next(iter(list_checkpoints(run.folder.path)), None)
         raise CheckpointError(
             f"the last checkpoint could not be written; the newest one is {newest.name if newest else 'none'}",
-            "free disk space, then --resume", exit_code=4)  # fmt: skip
+            "mend what the warning above names, then --resume", exit_code=4)  # fmt: skip
 
 
 def require_space(run: Run) -> None:
@@ -997,7 +996,7 @@ def require_space(run: Run) -> None:
     if free < least:
         raise CheckpointError(
             f"run needs ~{file_size(least)} in {run.folder.path.parent}, {file_size(free)} free",
-            "free some, use another disk with --out DIR, or train less: --train-llm lora", exit_code=4)  # fmt: skip
+            "free some; a new run may use another disk with --out DIR, or --train-llm lora", exit_code=4)  # fmt: skip
     if free < most:
         run.console.note(f"{file_size(free)} free, {keep} checkpoints need {file_size(most)}: fewer will be kept")
 
@@ -1118,7 +1117,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) -> Run:
     """Return the run that the command line asks for: `chosen` is the run to resume, None for a new one."""
     config, runtime = settle(command, chosen, console)
-    require_mounted(config.run.backup or config.run.out)
+    require_mounted(config.run.backup)
     if chosen is None:
         check_writable(config.run.out)
     tasks, hashed = prepare_data(config)
@@ -1152,8 +1151,7 @@ def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) 
         config=config, console=console, folder=folder, log=MetricLog(folder.metrics_path), lock=lock, runtime=runtime,
         store=store, saver=saver, backup=backup, system=system, optimizers=build_optimizers(system),
         average=WeightAverage(system, config.optim.ema), sampler=sampler, items=items,
-        state=LoopState(**computed_on(runtime)),
-        stop=StopFlag(console.say), data_hash=hashed,
+        state=LoopState(**computed_on(runtime)), stop=StopFlag(console.say), data_hash=hashed,
     )  # fmt: skip
 
 
@@ -1198,6 +1196,7 @@ def start(command: CommandLine, console: Console) -> int:
     out = command.config.run.out
     if command.resume is None and not command.fresh:
         suggest_resume(Path(out), console)
+    require_mounted(command.config.run.backup)
     chosen = find_run(out, command.resume, command.config.run.backup) if command.resume is not None else None
     if command.resume is not None and chosen is None:
         console.note(f"--resume auto: no run under {out}/, starting a new one")

@@ -589,7 +589,7 @@ def test_a_disk_too_small_is_refused_before_the_first_batch(drive, new_flags, ca
     assert drive(*new_flags()) == 4
     printed = capsys.readouterr()
     needed = re.fullmatch(r"error: run needs ~([\d.]+) MB in runs, \d+ kB free", printed.err.splitlines()[0])
-    assert printed.err.splitlines()[1].startswith("hint: free some, use another disk with --out DIR")
+    assert printed.err.splitlines()[1].startswith("hint: free some; a new run may use another disk with --out DIR")
     assert "[Batch" not in printed.out and list_checkpoints(RUN) == []
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(1e6 * float(needed[1]) * 1.2)))
@@ -623,7 +623,7 @@ def test_disk_full_to_the_end_keeps_what_there_was_and_exits_with_4(drive, new_f
     assert "checkpoint of step 4 not saved (No space left on device); last good checkpoint: step_0" in printed.out
     assert printed.err.splitlines()[-2:] == [
         "error: the last checkpoint could not be written; the newest one is step_000000003.pt",
-        "hint: free disk space, then --resume",
+        "hint: mend what the warning above names, then --resume",
     ]
     assert drive("--resume") == 0
     assert (status()["status"], status()["step"]) == ("finished", 7)
@@ -662,6 +662,9 @@ def test_drive_that_is_not_mounted_is_refused_before_anything_is_written(flag, d
     assert error == f"error: {report.DRIVE} is not mounted; files written there would be lost"
     assert hint.startswith("hint: in a cell: from google.colab import drive")
     assert list(Path(".").iterdir()) == []
+    if flag == "--backup":
+        assert drive("--resume", flag, report.DRIVE / "arc") == 4  # and not that there is no run
+        assert f"error: {report.DRIVE} is not mounted" in capsys.readouterr().err
 
 
 def test_rollbacks_halve_the_learning_rate_and_training_goes_on(reference, drive, capsys, monkeypatch):
