@@ -286,38 +286,32 @@ def one_trial(folder: Path, argv: list[str], rng: random.Random, reference: Refe
     """
     run, backup, kills = folder / "runs" / NAME, folder / "drive", []
     has_backup = rng.random() < 0.5
-    argv = [*argv, "--backup", "drive"] if has_backup else argv
-    wanted, lost, code = rng.randint(1, min(most, 5)), False, None
-    for _ in range(20 * wanted):
-        if len(kills) == wanted:
-            break
-        # A session: a new run as long as there is nothing to resume.
-        resuming = bool(kills) and kills[-1][1] != "no checkpoint yet"
-        words = ["--resume", *(["--backup", "drive"] if lost else [])] if resuming else argv
-        if not resuming:
+    found, code = "no checkpoint yet", None
+
+    def session(kill: Kill | None) -> tuple[int, list[str]]:
+        """Return the exit code of the next session, and in which phases it was: a new run where nothing is left."""
+        words, board = [*argv, *(["--backup", "drive"] if has_backup else [])], Board()
+        if found == "no checkpoint yet":
             shutil.rmtree(folder / "runs", ignore_errors=True)
-        board = Board()
-        code = run_child(folder, words, board, draw_kill(rng, reference, resuming, has_backup, lost))
+        else:
+            words = ["--resume", *(["--backup", "drive"] if found.startswith("backup") else [])]
+        ended = run_child(folder, words, board, kill)
+        if ended not in (0, -signal.SIGKILL if kill else 0):
+            raise Difference(f"a session ended with exit code {ended}; see {folder}/console.log")
+        return ended, board.inside() or ["between"]
+
+    for _ in range(rng.randint(1, min(most, 5))):
+        kill = draw_kill(rng, reference, found != "no checkpoint yet", has_backup, found.startswith("backup"))
+        code, phases = session(kill)
         if code == 0:
             break
-        if code != -signal.SIGKILL:
-            raise Difference(f"a session ended with exit code {code}; see {folder}/console.log")
-        phases = board.inside() or ["between"]
         found = check_after_kill(run, backup if has_backup else folder / "none", reference)
-        kills.append([" + ".join(phases), found])
-        lost = has_backup and found.startswith(("step", "backup")) and rng.random() < 0.5 and any(
-            list_checkpoints(backup / NAME))  # fmt: skip
-        if lost:
-            shutil.rmtree(folder / "runs")
-            check_after_kill(run, backup, reference)
-    if code != 0:
-        resuming = bool(kills) and kills[-1][1] != "no checkpoint yet"
-        if not resuming:
+        if has_backup and list_checkpoints(backup / NAME) and rng.random() < 0.5:  # the machine is taken away
             shutil.rmtree(folder / "runs", ignore_errors=True)
-        words = ["--resume", *(["--backup", "drive"] if lost else [])] if resuming else argv
-        code = run_child(folder, words, Board(), None)
-        if code:
-            raise Difference(f"the last session ended with exit code {code}; see {folder}/console.log")
+            found = check_after_kill(run, backup, reference)
+        kills.append([" + ".join(phases), found])
+    if code != 0:
+        session(None)
     different = [name for name, value in result_of(run).items() if reference.result[name] != value]
     if different:
         raise Difference(f"{', '.join(different)} differ from the run that was never stopped")
