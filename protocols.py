@@ -1,7 +1,7 @@
 """Protocols: what may be trained on and what is scored, and the check by content that no scored answer was seen.
 
 A pair is recognised by its cells, never by its name: exactly, and up to symmetry and the names of the colours.
-Imports numpy, config and arc_data; used where a run is built and before anything is scored.
+Imports numpy, config and arc_data. A library so far: no command calls it.
 """
 
 from __future__ import annotations
