@@ -180,7 +180,7 @@ def _listing(names: Sequence[str]) -> str:
 
 def _read_folder(folder: Path, split: str) -> list[tuple[str, Any, str]]:
     files = _find_files(folder, split)
-    values = [(path, _load_json(path, _MAX_FILE)) for path in files]
+    values = [(path, load_json(path, _MAX_FILE)) for path in files]
     if not any(_is_task(value) for _, value in values):
         tables = [path for path, value in values if _is_table(value)]
         hint = f"for a Kaggle challenges file give the file itself: --data {tables[0]}" if tables else ""
@@ -197,7 +197,7 @@ def _read_folder(folder: Path, split: str) -> list[tuple[str, Any, str]]:
 
 
 def _read_file(path: Path) -> list[tuple[str, Any, str]]:
-    value = _load_json(path)
+    value = load_json(path)
     if _is_task(value):
         _check_id(path.stem, path)
         return [(path.stem, value, "")]
@@ -231,7 +231,7 @@ def _not_a_task(where: Path | str, value: Any) -> DataError:
     )
 
 
-def _load_json(path: Path, limit: int = _MAX_TABLE) -> Any:
+def load_json(path: Path, limit: int = _MAX_TABLE) -> Any:
     """Return the value of a JSON file; links are followed, as the user may keep data wherever he likes.
 
     Raises: DataError for anything that is no regular file, not JSON, or would take far more memory than it is long.
@@ -268,7 +268,7 @@ def _excerpt(text: str, place: int) -> str:
 
 def _attach_solutions(raw: list[tuple[str, Any, str]], path: Path) -> None:
     """Fill the test outputs of `raw` (fresh JSON of ours) with the grids of a Kaggle solutions file."""
-    table = _load_json(path)
+    table = load_json(path)
     if not isinstance(table, dict) or not all(isinstance(grids, list) for grids in table.values()):
         raise DataError(f"{path}: expected solutions {{task_id: [grid, ...]}}; found {describe(table)}")
     for task_id, value, _ in raw:

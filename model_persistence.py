@@ -716,7 +716,7 @@ def _check_facts(config: Any) -> None:
     """Refuse a config.json whose facts beside the settings are of another kind than the system exports."""
     if not isinstance(config, dict):
         raise ValueError("config.json is damaged: it holds no object")
-    kinds = {"config": dict, "memory": dict, "num_tasks": int, "model_revision": str}
+    kinds = {"config": dict, "memory": dict, "num_tasks": int, "base": dict}
     wrong = [name for name, kind in kinds.items() if name in config and type(config[name]) is not kind]
     if wrong:
         raise ValueError(f"config.json is damaged: {', '.join(wrong)}")

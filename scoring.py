@@ -1,7 +1,7 @@
 """Scores of attempts against answers under the three rules in use, with intervals, and the submission file.
 
-Works on grids alone, whoever made them. Imports numpy, arc_data and report. A library so far: no command calls it.
-Attempts are {task_id: [[attempt_1, attempt_2], ... one list per test input]}; a single attempt counts as both.
+Works on grids alone, whoever made them. Imports numpy, config, arc_data and report. A library so far: no command calls
+it. Attempts are {task_id: [[attempt_1, attempt_2], ... one list per test input]}; a single attempt counts as both.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from arc_data import NUM_COLORS, ArcTask, DataError, Grid, Pair, describe, parse_grid, require_answers
+from arc_data import NUM_COLORS, ArcTask, DataError, Grid, Pair, describe, load_json, parse_grid, require_answers
+from config import one_line
 from report import write_text_atomic
 
 Attempts = Mapping[str, Sequence[Sequence[Grid]]]
@@ -290,14 +291,6 @@ def _with_interval(share: Share) -> str:
 # 4. The submission file --------------------------------------------------------------------------------------------
 
 
-class _Object(dict):
-    """A JSON object that remembers which of its keys came more than once."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]):
-        super().__init__(pairs)
-        self.repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-
-
 def write_submission(path: str | Path, attempts: Attempts, tasks: Sequence[ArcTask]) -> None:
     """Write {id: [{"attempt_1": grid, "attempt_2": grid}, ...]} for every task and test input, in order, atomically.
 
@@ -316,8 +309,12 @@ def write_submission(path: str | Path, attempts: Attempts, tasks: Sequence[ArcTa
 
 def read_submission(path: str | Path) -> dict[str, list[list[Grid]]]:
     """Return the attempts in a submission file. Raises: DataError naming the first fault."""
-    table = _load(path)
+    table = load_json(Path(path))
     _require_none(path, list(_faults(table)))
+    return _attempts_in(table)
+
+
+def _attempts_in(table: Mapping[str, Any]) -> dict[str, list[list[Grid]]]:
     return {
         task_id: [[parse_grid(output[key], f"task {task_id}", f"test[{i}].{key}") for key in KEYS]
                   for i, output in enumerate(outputs)]
@@ -330,9 +327,9 @@ def check_submission(source: str | Path | Mapping[str, Any], tasks: Sequence[Arc
     right. Of each grid the first fault is told.
     """
     try:
-        table = _load(source) if isinstance(source, (str, Path)) else source
+        table = load_json(Path(source)) if isinstance(source, (str, Path)) else source
     except DataError as error:
-        return [str(error)]
+        return [one_line(str(error).splitlines()[0])]
     problems = list(_faults(table))
     if isinstance(table, Mapping):
         inputs = {task.id: len(task.test) for task in tasks}
@@ -342,7 +339,7 @@ def check_submission(source: str | Path | Mapping[str, Any], tasks: Sequence[Arc
                 problems.append(f"task {task_id}: unknown, no such task in the challenges")
             elif isinstance(outputs, list) and len(outputs) != inputs[task_id]:
                 problems.append(f"task {task_id}: {len(outputs)} outputs for {inputs[task_id]} test inputs")
-    return [" ".join(problem.splitlines()) for problem in problems]
+    return [one_line(problem) for problem in problems]
 
 
 def score_submission(path: str | Path, tasks: Sequence[ArcTask]) -> Scores:
@@ -350,26 +347,15 @@ def score_submission(path: str | Path, tasks: Sequence[ArcTask]) -> Scores:
 
     Raises: DataError when the file has problems, naming the first, or when an answer is unknown.
     """
-    _require_none(path, check_submission(path, tasks))
-    return score(read_submission(path), tasks)
+    table = load_json(Path(path))
+    _require_none(path, check_submission(table, tasks))
+    return score(_attempts_in(table), tasks)
 
 
 def _require_none(path: str | Path, problems: list[str]) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise DataError(f"{problems[0] if problems[0].startswith(str(path)) else f'{path}: {problems[0]}'}{more}")
-
-
-def _load(path: str | Path) -> Any:
-    """Return the JSON value of a file, objects with their repeated keys. Raises: DataError in one line."""
-    try:
-        return json.loads(Path(path).read_bytes().decode("utf-8"), object_pairs_hook=_Object)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not JSON: it is not UTF-8 text") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
+        raise DataError(f"{path}: {one_line(problems[0])}{more}")
 
 
 def _faults(table: Any) -> Iterator[str]:
@@ -377,8 +363,6 @@ def _faults(table: Any) -> Iterator[str]:
     if not isinstance(table, Mapping):
         yield f"expected an object {{task_id: [...]}}; found {describe(table)}"
         return
-    for key in getattr(table, "repeated", ()):
-        yield f"task {key}: comes more than once"
     for task_id, outputs in table.items():
         if not isinstance(outputs, list):
             yield f"task {task_id}: expected a list of outputs; found {describe(outputs)}"
@@ -391,8 +375,6 @@ def _faults_of_output(output: Any, where: str, name: str) -> Iterator[str]:
     if not isinstance(output, Mapping):
         yield f"{where}: {name} must be an object with {' and '.join(KEYS)}; found {describe(output)}"
         return
-    for key in getattr(output, "repeated", ()):
-        yield f"{where}: {name}.{key} comes more than once"
     for key in output:
         if key not in KEYS:
             yield f"{where}: {name}.{key} is not one of {', '.join(KEYS)}"

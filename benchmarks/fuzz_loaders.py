@@ -51,6 +51,7 @@ from arc_data import DataError, load_tasks
 from config import ConfigError, TrainConfig, from_dict, resume_config, to_dict
 from demo_prior import Preference
 from model_persistence import (
+    FORMAT,
     CheckpointError,
     CheckpointStore,
     RunLock,
@@ -61,6 +62,7 @@ from model_persistence import (
 )
 from prior_store import FILE_NAME, UNREADABLE, PriorStore, decode_preference, decode_sizes, encode_preference
 from report import Console, MetricLog, RunFolder, RunFolderError, read_epochs, read_metrics
+from scoring import check_submission, read_submission, score_submission
 
 OURS = (CheckpointError, RunFolderError, DataError, ConfigError)
 GIGABYTE = 10**9
@@ -238,7 +240,7 @@ SNIPPETS = (
 def change_pickle(content: bytes, rng: random.Random) -> bytes:
     """Return a pickle with operations removed, doubled, exchanged or put in."""
     if rng.random() < 0.05:
-        return pickle.dumps({"format": 3, "payload": rng.choice(gadgets())}, protocol=rng.choice((0, 2, 4)))
+        return pickle.dumps({"format": FORMAT, "payload": rng.choice(gadgets())}, protocol=rng.choice((0, 2, 4)))
     places = [place for _, _, place in pickletools.genops(content)] + [len(content)]
     parts = [content[a:b] for a, b in zip(places, places[1:], strict=False)]
     for _ in range(rng.choice((1, 1, 2, 4))):
@@ -331,7 +333,7 @@ def seeds(name: str) -> tuple[bytes, ...]:
 def envelope() -> dict[str, Any]:
     """Return what a small checkpoint holds."""
     weight = torch.arange(12.0).reshape(3, 4)
-    return {"format": 3, "program": "1.0.0", "run_id": "run", "step": 1, "saved_at": 1e9, "payload": {
+    return {"format": FORMAT, "program": "1.0.0", "run_id": "run", "step": 1, "saved_at": 1e9, "payload": {
         "system": {"a": {"w": weight, "tied": weight, "mask": torch.tensor([True, False])}},
         "optimizers": {"state": {0: {"step": torch.tensor(1.0)}}, "groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
         "loop": {"epoch": 0, "best": {}, "none": None, "raw": b"\x00\xff", "pairs": {("a", 1): [1, 2.5]}},
@@ -352,10 +354,14 @@ def _make_seeds(name: str, folder: Path) -> list[bytes]:
         return [json.dumps(task).encode(), json.dumps({**task, "name": "x"}, indent=1).encode()]
     if name == "challenges":
         return [json.dumps({f"{i:08x}": task for i in range(3)}).encode()]
+    if name == "submission":
+        attempts = {"attempt_1": grid, "attempt_2": [[7]]}
+        return [json.dumps({f"{i:08x}": [attempts] for i in range(3)}).encode()]
     if name == "solutions":
         return [json.dumps({f"{i:08x}": [grid] for i in range(3)}).encode()]
     if name == "weights":
-        facts = {"num_tasks": 2, "model_revision": "x", "memory": {"size": 1}, "config": to_dict(TrainConfig())}
+        facts = {"num_tasks": 2, "base": {"revision": "x", "frozen_digest": ""}, "memory": {"size": 1},
+                 "config": to_dict(TrainConfig())}  # fmt: skip
         save_best_weights(folder, {"a.w": torch.ones(2, 3), "b": torch.zeros(1, dtype=torch.bfloat16)}, facts)
         return [(folder / "model.safetensors").read_bytes(), (folder / "config.json").read_bytes()]
     assert name == "priors"
@@ -488,6 +494,21 @@ def challenges(folder: Path, rng: random.Random) -> list[Load]:
     return [lambda: load_tasks(str(path)), lambda: load_tasks(str(path), str(answers))]
 
 
+def submission(folder: Path, rng: random.Random) -> list[Load]:
+    """Put a changed submission into a folder, check it against its challenges, and read and score it."""
+    path, tasks = folder / "submission.json", folder / "challenges.json"
+    tasks.write_bytes(seeds("challenges")[0])
+    path.write_bytes(change(seeds("submission")[0], rng))
+    if rng.random() < 0.02:
+        put_special(path, rng)
+
+    def check() -> None:
+        for problem in check_submission(path, load_tasks(str(tasks))):
+            assert problem.isprintable() and len(problem) <= LENGTH, f"a problem of {len(problem)} characters"
+
+    return [check, lambda: read_submission(path), lambda: score_submission(path, load_tasks(str(tasks)))]
+
+
 def weights(folder: Path, rng: random.Random) -> list[Load]:
     """Put best weights into a folder, tensors or facts changed, and load them."""
     tensors, facts = seeds("weights")
@@ -529,8 +550,9 @@ def priors(folder: Path, rng: random.Random) -> list[Load]:
 
 
 TARGETS: dict[str, tuple[Target, float]] = {  # with the share of the inputs
-    "checkpoint": (checkpoint, 0.25), "metadata": (metadata, 0.2), "task": (task, 0.2), "challenges": (challenges, 0.2),
-    "weights": (weights, 0.1), "priors": (priors, 0.05),
+    "checkpoint": (checkpoint, 0.25), "metadata": (metadata, 0.2), "task": (task, 0.15),
+    "challenges": (challenges, 0.15), "submission": (submission, 0.1), "weights": (weights, 0.1),
+    "priors": (priors, 0.05),
 }  # fmt: skip
 
 

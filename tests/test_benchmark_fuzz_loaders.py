@@ -41,8 +41,8 @@ def test_a_short_run_finds_no_violation():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == ["checkpoint", "metadata", "task", "challenges", "weights",
-                                                        "priors"]  # fmt: skip
+    assert [line.split()[0] for line in lines[:-1]] == ["checkpoint", "metadata", "task", "challenges", "submission",
+                                                        "weights", "priors"]  # fmt: skip
     assert lines[-1].startswith("2000 inputs in ") and "refused: DataError" in lines[2]
 
 

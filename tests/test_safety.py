@@ -874,7 +874,7 @@ def test_a_header_of_a_million_tensors_or_a_sparse_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("facts", [[], {"num_tasks": True}, {"num_tasks": "1"}, {"memory": []}, {"config": None},
-                                   {"model_revision": 5}])  # fmt: skip
+                                   {"base": "x"}])  # fmt: skip
 def test_facts_of_another_kind_are_named(tmp_path, facts):
     save_best_weights(tmp_path, {"w": torch.ones(4)}, {})
     (tmp_path / "config.json").write_text(json.dumps(facts))
