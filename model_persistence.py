@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import errno
 import json
+import math
 import os
 import pickle
 import random
@@ -133,18 +134,10 @@ class HostCopy:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Return whether no floating-point value is nan or infinite; the host waits once per device for it."""
-    floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    """Return whether no floating-point value of tensors on the host is nan or infinite."""
+    floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     largest = torch._foreach_norm(floating, float("inf")) if floating else []
-    return all(bool(torch.isfinite(value)) for value in _per_device(largest))
-
-
-def _per_device(values: Iterable[Tensor]) -> list[Tensor]:
-    """Return the largest value of each device; nan where one is nan."""
-    groups: dict[torch.device, list[Tensor]] = {}
-    for value in values:
-        groups.setdefault(value.device, []).append(value.float())
-    return [torch.stack(group).max() for group in groups.values()]
+    return all(map(math.isfinite, map(float, largest)))
 
 
 def _convert(obj: Any, place: str, copies: HostCopy | None) -> Any:
@@ -589,15 +582,17 @@ class Saver:
 
     One save at a time, so there is never more than one copy. `best_folder` holds the best weights. A save is due at
     every `every`-th batch of an epoch and when the last one is `minutes` old. With `share` above 0 it is put off while
-    the one before is still being written, and until it costs at most that share of the time.
+    the one before is still being written, and until it costs at most that share of the time. `fault` tells, on the
+    writing thread, why a payload must not be saved; empty: nothing speaks against it.
     """
 
     def __init__(self, store: CheckpointStore, best_folder: Path, every: int, *, share: float = 0.05,
-                 minutes: float = 0.0, clock: Callable[[], float] = time.monotonic):
+                 minutes: float = 0.0, fault: Callable[[dict[str, Any]], str] = lambda payload: "",
+                 clock: Callable[[], float] = time.monotonic):
         self.store, self.best_folder, self.every, self.share, self.minutes = store, best_folder, every, share, minutes
         self.stall = 0.0  # seconds that the caller waited in the last save
         self.saved_step = -1  # of the newest save that was written
-        self._clock, self._host = clock, HostCopy()
+        self._clock, self._fault, self._host = clock, fault, HostCopy()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._owed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
@@ -653,6 +648,10 @@ class Saver:
     def _write(self, step: int, payload: dict[str, Any], best: tuple[dict[str, Tensor], dict[str, Any]] | None,
                is_best_delta: bool, then: Callable[[], None]) -> None:
         try:
+            fault = self._fault(payload)
+            if fault:
+                self.store.say(f"warning: checkpoint of step {step} not saved ({fault}); training goes on")
+                return
             self._write_best(best)
             path = self.store.write(step, payload)
             if path is not None:

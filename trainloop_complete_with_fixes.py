@@ -937,14 +937,8 @@ def prepare_priors(run: Run) -> None:
 
 
 def save(run: Run, best: Weights | None = None, is_best_delta: bool = False) -> None:
-    """Start to write a checkpoint of everything that the next batch depends on, and the best weights where given.
-
-    Weights that are not finite are not saved: nothing could go on from them.
-    """
+    """Start to write a checkpoint of everything that the next batch depends on, and the best weights where given."""
     state = run.state
-    if not all_finite(run.system.parameters()):
-        run.console.warn(f"the weights at step {state.step} are not finite, so they are not saved")
-        return
     facts = {"epoch": state.epoch, "batch": state.batch, "step": state.step, "best": dict(state.best)}
 
     def written() -> None:
@@ -954,6 +948,12 @@ def save(run: Run, best: Weights | None = None, is_best_delta: bool = False) -> 
 
     run.saver.save(state.step, checkpoint_payload(run), best=best, is_best_delta=is_best_delta, then=written)
     state.save_seconds += run.saver.stall
+
+
+def fault_of(payload: dict[str, Any]) -> str:
+    """Return why a payload must not be saved: nothing could go on from weights that are not finite."""
+    broken = [part for part, tensors in payload["system"].items() if not all_finite(tensors.values())]
+    return f"weights of {', '.join(broken)} are not finite" if broken else ""
 
 
 def checkpoint_payload(run: Run) -> dict[str, Any]:
@@ -1144,7 +1144,7 @@ def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) 
     lock = RunLock(folder.path).acquire()
     store = CheckpointStore(folder.path, keep=config.run.keep, run_id=run_id or folder.name, say=console.say)
     saver = Saver(store, folder.best, config.run.save_every, share=config.run.save_share,
-                  minutes=config.run.save_minutes)  # fmt: skip
+                  minutes=config.run.save_minutes, fault=fault_of)  # fmt: skip
     target = Path(config.run.backup).expanduser()
     backup = Backup(folder.path, target, store.run_id, console.say) if config.run.backup else None
     return Run(

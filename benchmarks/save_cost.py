@@ -29,7 +29,6 @@ from overfit import small_tasks, step_once, write_folder
 
 import trainloop_complete_with_fixes as driver
 from config import parse_command_line
-from model_persistence import all_finite
 from qwen_hybrid_prompt import build_tiny_qwen
 from report import Console, file_size
 
@@ -105,16 +104,13 @@ def measure(name: str, folder: Path, saves: int) -> float:
         slower.append(matrix_seconds(run.saver.is_busy) / quiet)
         run.saver.wait()
         writes.append(run.store.seconds)
-    began = time.perf_counter()
-    assert all_finite(run.system.parameters())
-    finite = time.perf_counter() - began
     size = run.store.path(run.state.step).stat().st_size
     wait = statistics.median(waits[1:])
     share = wait / (batches + wait) if batches else 0.0
     told = f"; 50 batches take {batches:.1f} s, so {share:.2%}" if batches else f"; below 1 % from {100 * wait:.1f} s"
-    print(f"{name:10s} {file_size(size):>7s}  wait {waits[0] * 1000:.0f} ms first, then {wait * 1000:.0f} ms (of it"
-          f" {finite * 1000:.0f} ms to look for nan)  writing {statistics.median(writes):.2f} s, matrices then"
-          f" {statistics.median(slower):.2f}x{told}", flush=True)  # fmt: skip
+    print(f"{name:10s} {file_size(size):>7s}  wait {waits[0] * 1000:.0f} ms first, then {wait * 1000:.0f} ms"
+          f"  writing {statistics.median(writes):.2f} s, matrices then {statistics.median(slower):.2f}x{told}",
+          flush=True)  # fmt: skip
     run.close()
     shutil.rmtree(folder / "runs" / name)
     return share
