@@ -86,7 +86,7 @@ def load_tasks(data: str, solutions: str = "", split: str = "train") -> list[Arc
         raw, source = (_read_folder(path, split), "") if path.is_dir() else (_read_file(path), str(path))
     if solutions:
         _attach_solutions(raw, _existing(solutions))
-    tasks = [_parse_task(task_id, value, where or _label(source, task_id, len(raw))) for task_id, value, where in raw]
+    tasks = [parse_task(task_id, value, where or _label(source, task_id, len(raw))) for task_id, value, where in raw]
     return sorted(tasks, key=lambda task: task.id)
 
 
@@ -276,7 +276,7 @@ def _attach_solutions(raw: list[tuple[str, Any, str]], path: Path) -> None:
             raise DataError(f"{path}: no solution for task {task_id}")
         tests = value.get("test") if isinstance(value, dict) else None
         if not isinstance(tests, list) or not all(isinstance(pair, dict) for pair in tests):
-            continue  # _parse_task reports it
+            continue  # parse_task reports it
         if len(tests) != len(table[task_id]):
             raise DataError(f"{path}: task {task_id} has {len(table[task_id])} solutions for {len(tests)} test inputs")
         for i, (pair, grid) in enumerate(zip(tests, table[task_id], strict=True)):
@@ -284,7 +284,7 @@ def _attach_solutions(raw: list[tuple[str, Any, str]], path: Path) -> None:
             pair["output"] = grid
 
 
-def _parse_task(task_id: str, value: Any, where: str) -> ArcTask:
+def parse_task(task_id: str, value: Any, where: str) -> ArcTask:
     if not _is_task(value):
         raise _not_a_task(where, value)
     parts = {}

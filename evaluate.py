@@ -29,7 +29,7 @@ from arc_data import (
 )
 from arc_system import ARCSystem, Runtime, Scene, canvas_for, keyed_generator, on_canvas
 from config import RewardConfig
-from grid_accuracy_loss import Reading, cell_accuracy, cell_nats, exact_match, grid_sizes
+from grid_accuracy_loss import Reading, Trajectory, cell_accuracy, cell_nats, exact_match, grid_sizes
 from policy_refined import leave_one_out_advantage
 from prior_cache import PriorCache
 from reward_shaping import cells_union, color_counts, potentials, skill
@@ -70,32 +70,56 @@ class Prediction:
         return grid_sizes(self.grid)
 
 
+@dataclass
+class Plan:
+    """What the planner makes of a batch of queries before anything is decided.
+
+    trajectory: under the refined prompts `embedding` [B, Dp], on the predicted sizes [B, 2]; shapes: the prior's
+    likeliest sizes; confident [B]: where the prior would answer at once.
+    """
+
+    scene: Scene
+    reading: Reading
+    sizes: Tensor
+    shapes: list[tuple[int, int]]
+    confident: Tensor
+    embedding: Tensor
+    trajectory: Trajectory
+
+
+@torch.no_grad()
+def plan(system: ARCSystem, query: Query, runtime: Runtime) -> Plan:
+    """Return the plan of the query alone; deterministic."""
+    with runtime.autocast():
+        scene = system.observe(query)
+        sizes = scene.sizes()
+        reading, _ = system.read(query, scene, sizes, canvas_for(sizes))
+        shapes = system.prior.likeliest_sizes(query)
+        confident = system.prior.confidences(query, shapes) >= system.config.agent.answer_confidence
+        refined = refine_prompts(system, query, scene, confident)
+        return Plan(scene, reading, sizes, shapes, confident, refined, system.plan(scene, reading, refined))
+
+
 @torch.no_grad()
 def predict(system: ARCSystem, query: Query, runtime: Runtime) -> Prediction:
     """Return two attempts from the query alone; deterministic.
 
     The first is planned, unless the prior is confident enough to answer at once with its own best grid.
     """
+    made = plan(system, query, runtime)
+    after = made.trajectory
     with runtime.autocast():
-        scene = system.observe(query)
-        sizes = scene.sizes()
-        side = canvas_for(sizes)
-        reading, _ = system.read(query, scene, sizes, side)
-        shapes = system.prior.likeliest_sizes(query)
-        confident = system.prior.confidences(query, shapes) >= system.config.agent.answer_confidence
-        refined = refine_prompts(system, query, scene, confident)
-        after = system.plan(scene, reading, refined)
-        before = system.plan(scene, reading, scene.embedding)
+        before = system.plan(made.scene, made.reading, made.scene.embedding)
     halted = after.halt_logits > 0
     steps = torch.where(halted.any(1), halted.int().argmax(1) + 1, after.halt_logits.shape[1])
-    side = max(side, canvas_side(max(max(shape) for shape in shapes)))
+    side = max(made.reading.mask.shape[-1], canvas_side(max(max(shape) for shape in made.shapes)))
     planned, unrefined = on_canvas(after.decode(), side), on_canvas(before.decode(), side)
-    candidates, _ = system.prior.candidates(query, shapes, side, count=2)
-    at_once = confident & has_cells(candidates[:, 0])
+    candidates, _ = system.prior.candidates(query, made.shapes, side, count=2)
+    at_once = made.confident & has_cells(candidates[:, 0])
     first, second = two_attempts(planned, candidates, at_once)
     unrefined = torch.where(at_once[:, None, None], first, unrefined)
     steps = torch.where(at_once, 0, steps)
-    return Prediction(first, second, unrefined, planned, candidates, at_once, steps, refined, scene)
+    return Prediction(first, second, unrefined, planned, candidates, at_once, steps, made.embedding, made.scene)
 
 
 # Refinement of the prompt at prediction ------------------------------------------------------------------------------

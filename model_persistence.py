@@ -715,7 +715,7 @@ def _check_facts(config: Any) -> None:
     """Refuse a config.json whose facts beside the settings are of another kind than the system exports."""
     if not isinstance(config, dict):
         raise ValueError("config.json is damaged: it holds no object")
-    kinds = {"config": dict, "memory": dict, "num_tasks": int, "base": dict}
+    kinds = {"config": dict, "memory": dict, "num_tasks": int, "base": dict, "tasks": list, "seen": dict}
     wrong = [name for name, kind in kinds.items() if name in config and type(config[name]) is not kind]
     if wrong:
         raise ValueError(f"config.json is damaged: {', '.join(wrong)}")
@@ -855,9 +855,12 @@ def _try_flock(descriptor: int) -> bool | None:
 class StopFlag:
     """SIGINT and SIGTERM ask the loop to stop after the batch; a second one ends the process at once."""
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self, say: Callable[[str], None], notice: str = ""):
         self.signal: int | None = None
         self._say = say
+        self._notice = notice or (
+            "stopping after this batch ... (press again to stop at once; the last checkpoint stays valid)"
+        )
         self.before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def release(self) -> None:
@@ -869,7 +872,7 @@ class StopFlag:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
-        self._say("stopping after this batch ... (press again to stop at once; the last checkpoint stays valid)")
+        self._say(self._notice)
 
 
 # 9. Finding the run to resume --------------------------------------------------------------------------------------

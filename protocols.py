@@ -1,7 +1,7 @@
 """Protocols: what may be trained on and what is scored, and the check by content that no scored answer was seen.
 
 A pair is recognised by its cells, never by its name: exactly, and up to symmetry and the names of the colours.
-Imports numpy, config and arc_data. A library so far: no command calls it.
+Imports numpy, config and arc_data. Used by the driver, for what it trains on, and by answering and verbs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hashlib import blake2b
 import numpy as np
 
 from arc_data import NUM_COLORS, ArcTask, Pair, load_tasks, select_tasks
-from config import ConfigError
+from config import PROTOCOLS, ConfigError
 
 TRAINED, REMEMBERED, VALIDATED = "trained on", "held in memory", "validation"  # what a pair may have been seen as
 SHOWN = "demonstration"  # of its own task: the solver is given it with the question
@@ -89,6 +89,14 @@ def fingerprints(tasks: Iterable[ArcTask], part: str) -> list[Fingerprint]:
         for i, pair in enumerate(getattr(task, part))
         if pair.output is not None
     ]
+
+
+def pair_table(tasks: Iterable[ArcTask], part: str) -> dict[str, dict[str, list[str]]]:
+    """Return the fingerprints of the `part` of each task as plain values: {task id: {pair id: [exact, canonical]}}."""
+    table: dict[str, dict[str, list[str]]] = {}
+    for found in fingerprints(tasks, part):
+        table.setdefault(found.task_id, {})[found.pair_id] = [found.exact, found.canonical]
+    return table
 
 
 # 2. The check ------------------------------------------------------------------------------------------------------
@@ -229,7 +237,6 @@ _RECIPES = {
     "arc2-eval-inductive": _Recipe((_ARC2,), _ARC2_EVAL, False),
     "arc1-eval-inductive": _Recipe((_ARC1, _ARC2), _ARC1_EVAL, False),
 }
-PROTOCOLS = tuple(_RECIPES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,6 +344,14 @@ def _all_trained(task: ArcTask) -> ArcTask:
 def _known(task: ArcTask) -> tuple[Pair, ...]:
     """Return all pairs of a task whose output is known."""
     return tuple(pair for pair in (*task.train, *task.test) if pair.output is not None)
+
+
+def without_own_answers(tasks: Sequence[ArcTask]) -> tuple[list[ArcTask], tuple[Fingerprint, ...]]:
+    """Return the tasks without the demonstrations that equal a test answer of one of them, and these pairs.
+
+    A demonstration that equals an answer of its own task stays: whoever answers the task is shown it.
+    """
+    return _without_seen(tasks, tasks, keep_demonstrations=True)
 
 
 def _without_seen(

@@ -203,6 +203,12 @@ class MemoryBuffer:
         self._mirrors.clear()
         return admitted
 
+    def owners(self) -> list[tuple[str, str]]:
+        """Return the (task id, pair id) of each entry: whose answer it was learned from."""
+        names = {kind: list(texts) for kind, texts in self._names.items()}
+        ids = zip(self._live("task").tolist(), self._live("pair").tolist(), strict=True)
+        return [(names["task"][task], names["pair"][pair]) for task, pair in ids]
+
     def count_hits(self, recall: Recall) -> None:
         """Add the recalled entries to the hit counts and to the hit rate; copies the index to the host."""
         rows, found = self._locate(recall.index)

@@ -43,9 +43,11 @@ from torch import Tensor
 
 import loss_function
 import policy_refined
+import verbs
 from arc_data import (
     PAD,
     Answer,
+    ArcTask,
     Context,
     DataError,
     Query,
@@ -79,6 +81,7 @@ from arc_system import (
 )
 from config import (
     VERSION,
+    AnswerCommand,
     CommandLine,
     TrainConfig,
     changed_flags,
@@ -128,6 +131,7 @@ from model_persistence import (
     snapshot,
 )
 from policy_refined import PolicyTerms
+from protocols import TRAINED, VALIDATED, LeakError, load_protocol, pair_table, without_own_answers
 from qwen_hybrid_prompt import ModelError
 from report import (
     MetricLog,
@@ -533,6 +537,7 @@ class Run:
     state: LoopState
     stop: StopFlag
     data_hash: str
+    seen: dict[str, dict[str, Any]]  # what the weights see, for whoever scores them
     health: Health = field(default_factory=Health)
     baselines: dict[str, float | str] | None = None
     started: float = field(default_factory=time.monotonic)
@@ -885,7 +890,8 @@ def keep_best(run: Run, scores: dict[str, float]) -> tuple[Weights | None, bool]
         best |= {"exact": scores["exact"], "cells_predicted": scores["cells_predicted"], "epoch": run.state.epoch}
         with run.average.swapped():
             tensors, facts = run.system.export_state()
-            weights = snapshot(tensors), {**facts, "config": portable_config(run)}
+            origin = {"protocol": run.config.data.protocol, "tasks": [task.id for task in run.sampler.tasks]}
+            weights = snapshot(tensors), {**facts, **origin, "seen": run.seen, "config": portable_config(run)}
     improved = scores["accuracy_delta"] > best.get("accuracy_delta", float("-inf"))
     if improved:
         best |= {"accuracy_delta": scores["accuracy_delta"], "delta_epoch": run.state.epoch}
@@ -1061,13 +1067,32 @@ def end_before_training(run: Run) -> int:
 # 6. The command line -------------------------------------------------------------------------------------------------
 
 
-def prepare_data(config: TrainConfig) -> tuple[list, str]:
-    """Return the tasks and the hash of their grids. Raises: DataError when there are too few to train on."""
-    tasks = select_tasks(load_tasks(config.data.data, config.data.solutions), config.data.max_tasks)
-    require_answers(tasks)
+@dataclass(frozen=True)
+class RunData:
+    """The tasks to train on, those whose test pairs choose the best weights, the hash of all grids, and how many
+    training pairs were left out because they are test answers of another task."""
+
+    tasks: list[ArcTask]
+    validation: list[ArcTask]
+    hash: str
+    left_out: int
+
+
+def prepare_data(config: TrainConfig) -> RunData:
+    """Return what to train and validate on. Raises: DataError when there are too few tasks to train on."""
+    data = config.data
+    if data.protocol in ("", "arc2"):
+        tasks, left_out = without_own_answers(select_tasks(load_tasks(data.data, data.solutions), data.max_tasks))
+        validation = tasks
+    else:
+        protocol = load_protocol(data.protocol, data.holdout)
+        tasks, left_out = select_tasks(protocol.training, data.max_tasks), protocol.dropped
+        validation = list(protocol.validation)
+    require_answers(validation)
     if len(tasks) < 4:
         raise DataError(f"{len(tasks)} tasks left after filtering; training needs at least 4", "use --smoke for a demo")
-    return tasks, data_hash(tasks)
+    hashed = data_hash(tasks) if validation is tasks else data_hash([*tasks, *validation])
+    return RunData(tasks, validation, hashed, len(left_out))
 
 
 def settle(command: CommandLine, chosen: RunChoice | None, console: Console) -> tuple[TrainConfig, Runtime]:
@@ -1101,7 +1126,7 @@ def same_data(saved: TrainConfig, now: TrainConfig, path: Path) -> TrainConfig:
     moved = with_values(saved, places)
     if moved == saved:
         return saved
-    _, hashed = prepare_data(with_values(now, {"data.max_tasks": saved.data.max_tasks}))
+    hashed = prepare_data(with_values(now, {"data.max_tasks": saved.data.max_tasks})).hash
     return moved if hashed == RunFolder(path).read_config()["data_hash"] else saved
 
 
@@ -1120,13 +1145,19 @@ def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) 
     require_mounted(config.run.backup)
     if chosen is None:
         check_writable(config.run.out)
-    tasks, hashed = prepare_data(config)
+    data = prepare_data(config)
+    tasks, hashed = data.tasks, data.hash
     seed_all(config.run.seed)
     sampler = TaskSampler(tasks, config.data, config.run.seed, config.data.batch_cells)
     table = {task.id: index for index, task in enumerate(tasks)}
-    items = test_items(select_tasks(tasks, config.run.eval_tasks), table)
-    counts = f"{len(tasks)} tasks, {sampler.num_pairs} training pairs, {len(items)} unseen test pairs of the same tasks"
-    console.say(banner_line("data", f"{config.data.data} {hashed[:7]}, {counts}"))
+    items = test_items(select_tasks(data.validation, config.run.eval_tasks), table)
+    whose = "the same tasks" if data.validation is tasks else f"{len(data.validation)} tasks held back"
+    counts = f"{len(tasks)} tasks, {sampler.num_pairs} training pairs, {len(items)} unseen test pairs of {whose}"
+    named = f"protocol {config.data.protocol}" if config.data.protocol else config.data.data
+    console.say(banner_line("data", f"{named} {hashed[:7]}, {counts}"))
+    if data.left_out:
+        pairs = f"{data.left_out} pair{'s' * (data.left_out > 1)}"
+        console.note(f"{pairs} left out of training: by content a test answer of another task")
     system = ARCSystem(config, len(tasks)).to(runtime.device)
     system.prior.open_disk(config.run.cache_dir, console.warn)
     revision = system.prompt_model.revision
@@ -1152,13 +1183,16 @@ def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) 
         store=store, saver=saver, backup=backup, system=system, optimizers=build_optimizers(system),
         average=WeightAverage(system, config.optim.ema), sampler=sampler, items=items,
         state=LoopState(**computed_on(runtime)), stop=StopFlag(console.say), data_hash=hashed,
+        seen={TRAINED: pair_table(tasks, "train"), VALIDATED: pair_table(data.validation, "test")},
     )  # fmt: skip
 
 
-def main(command: CommandLine) -> int:
+def main(command: CommandLine | AnswerCommand) -> int:
     """Run a command line; return the exit code."""
     console = Console(quiet=command.quiet)
     try:
+        if isinstance(command, AnswerCommand):
+            return verbs.run(command, console)
         if command.print_config:
             device = choose_device(command.config.run.device)
             console.say(config_json(resolve(command.config, device.type)), always=True)
@@ -1169,7 +1203,7 @@ def main(command: CommandLine) -> int:
         return 128 + signal.SIGINT
     except Exception as problem:
         error = problem
-        if is_out_of_memory(problem):  # outside a step and a validation: while the model was built, for example
+        if isinstance(command, CommandLine) and is_out_of_memory(problem):  # while the model was built, for example
             device = choose_device(command.config.run.device)
             error = OutOfMemory(str(shortage(problem, device)), advice(command.config)).with_traceback(
                 problem.__traceback__
@@ -1186,8 +1220,8 @@ def exit_code(error: Exception) -> int:
     """Return the documented exit code of an error that we raise, 0 for one that only a bug raises."""
     if isinstance(error, CheckpointError):
         return error.exit_code
-    codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4, TrainingDiverged: 1,
-             OutOfMemory: 1}  # fmt: skip
+    codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4, LeakError: 2,
+             TrainingDiverged: 1, OutOfMemory: 1}  # fmt: skip
     return next((code for kind, code in codes.items() if isinstance(error, kind)), 0)
 
 

