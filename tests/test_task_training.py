@@ -18,24 +18,34 @@ from config import ConfigError
 from evaluate import predict
 from grid_accuracy_loss import cell_nats
 from model_persistence import rng_state
+from prior_cache import PriorCache
 from task_training import StandIns, TaskTraining, demonstration_loss, trained_on_demonstrations
 
 MODES = ("slot", "low-rank", "full")
-SEEN = 2  # of the eight tasks, the first ones are those that the system below knows
 
 
 @pytest.fixture
-def lab(make_lab, trained_state) -> Lab:
-    """Return a system that was trained on the eight tasks, in training mode."""
-    lab = make_lab("--augment", "none")
-    lab.system.load_checkpoint_state(trained_state)
+def lab(make_lab, known_priors) -> Lab:
+    """Return a system whose planner listens to its prompt: all weights are moved, as its heads start at zero."""
+    lab = make_lab("--answer-confidence", "2")
+    lab.system.prior = known_priors
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in lab.system.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=noise))
     return lab
 
 
 @pytest.fixture(scope="session")
+def known_priors() -> PriorCache:
+    """Return one cache for all tests, so that each prior is computed once."""
+    return PriorCache()
+
+
+@pytest.fixture(scope="session")
 def contexts(tasks) -> list[Context]:
-    """Return the test inputs of the eight tasks under other names, so that the system knows none of them."""
-    return [dataclasses.replace(context, task_id=f"new-{context.task_id}") for context, _ in test_items(tasks)]
+    """Return the test inputs of four tasks under other names, so that the system knows none of them."""
+    return [dataclasses.replace(context, task_id=f"new-{context.task_id}") for context, _ in test_items(tasks[::2])]
 
 
 def settings(**values) -> TaskTraining:
@@ -156,10 +166,10 @@ def test_every_task_gets_a_slot_of_its_own(lab, contexts):
     system, table = lab.system, lab.system.prompt_model.task_slot.weight.detach().clone()
     with trained(lab, contexts, settings(weights="slot", steps=9)) as slotted:
         rows = system.prompt_model.task_slot.weight.detach()
-        assert torch.equal(rows[: len(table)], table) and len(rows) == len(table) + 8
+        assert torch.equal(rows[: len(table)], table) and len(rows) == len(table) + 4
         assert len(system.z_table.z) == len(rows) and (system.z_table.z[len(table) :] == 1).all()
         fresh = rows[len(table) :]
-        assert len({tuple(row.tolist()) for row in [table[0], *fresh]}) == 9, "two slots are alike"
+        assert len({tuple(row.tolist()) for row in [table[0], *fresh]}) == 5, "two slots are alike"
     expected = {name: len(table) - 1 + i for i, name in enumerate(dict.fromkeys(c.task_id for c in contexts))}
     assert [c.task_index for c in slotted] == [expected[c.task_id] for c in contexts]
     assert [dataclasses.replace(c, task_index=-1) for c in slotted] != slotted
@@ -181,7 +191,7 @@ def test_without_a_step_predictions_are_those_of_an_unknown_task(lab, contexts):
 
 
 def test_a_single_demonstration_gives_nothing_to_fit(lab, contexts):
-    lone = dataclasses.replace(contexts[0], demonstrations=contexts[0].demonstrations[:1])
+    lone = dataclasses.replace(contexts[0], task_id="lone", demonstrations=contexts[0].demonstrations[:1])
     steps = []
     before = answers(lab.system, lab.runtime, [lone])
     with trained(lab, [lone], tick=steps.append) as slotted:
