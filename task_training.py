@@ -48,7 +48,7 @@ class TaskTraining:
     )
     slot_lr: float = setting(1e-2, "peak learning rate of the task slots", low=0)
     rank: int = setting(8, "rank of the low-rank updates", low=1)
-    augment: str = setting("dihedral", "augmentation of the demonstrations", choices=("none", "dihedral", "full"))
+    augment: str = setting("full", "augmentation of the demonstrations", choices=("none", "dihedral", "full"))
     batch_cells: int = setting(4096, "cells per batch, counted on the padded canvases", low=1)
     seed: int = setting(0, "seed of batches, augmentation and low-rank updates", low=0, high=2**63 - 1)
 
@@ -82,7 +82,7 @@ def trained_on_demonstrations(
     with _left_as_found(system):
         system.eval()
         try:
-            with _frozen(system):
+            with _frozen(system), torch.enable_grad():
                 fit(system, runtime, tasks, stand_ins, settings, tick, stopping)
             stand_ins.settle()
             yield slots
@@ -238,7 +238,6 @@ def fit(
     if not any(len(task.train) > 1 for task in tasks):
         return 0
     sampler = TaskSampler(tasks, DataConfig(augment=settings.augment), settings.seed, settings.batch_cells)
-    first = stand_ins.first
     optimizer = make_optimizer(stand_ins, settings)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.scaler.is_enabled())
     for step, (query, answer) in zip(range(settings.steps), _batches(sampler), strict=False):
@@ -248,7 +247,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
         stand_ins.lay()
-        query = dataclasses.replace(query, task_slot=query.task_slot + first).to(runtime.device)
+        query = dataclasses.replace(query, task_slot=query.task_slot + stand_ins.first).to(runtime.device)
         with runtime.autocast():
             loss = demonstration_loss(system, query, answer.to(runtime.device))
         take_step(loss, optimizer, scaler, system.config.optim.clip)
@@ -273,11 +272,17 @@ def make_optimizer(stand_ins: StandIns, settings: TaskTraining) -> torch.optim.A
 
 
 def demonstration_loss(system: ARCSystem, query: Query, answer: Answer) -> Tensor:
-    """Return the mean over the demonstrations of nats per cell at the true size, and of the weighed size loss."""
+    """Return the mean over the demonstrations of nats per cell at the true size, and of the weighed size loss.
+
+    The prompt is moved by the policy's mean, as predictions move theirs, unless these use it as it is written.
+    """
     scene = system.observe(query)
     reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1], answer.shapes)
-    mean_move = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
-    trajectory = system.plan(scene, reading, system.policy.refine(scene.embedding, mean_move, 0))
+    embedding = scene.embedding
+    if system.config.evaluation.refine != "none":
+        mean_move = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
+        embedding = system.policy.refine(embedding, mean_move, 0)
+    trajectory = system.plan(scene, reading, embedding)
     sizes = size_loss(trajectory.row_logits, trajectory.col_logits, answer.target_size)
     return (cell_nats(trajectory.final(), answer.target) + SIZE_WEIGHT * sizes).mean()
 

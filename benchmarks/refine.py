@@ -93,15 +93,20 @@ def load_run(folder: Path, device: str, cache_dir: str) -> tuple[ARCSystem, Runt
     return system.to(runtime.device).eval(), runtime
 
 
-def unseen_tasks(config: TrainConfig, source: str, count: int) -> list[ArcTask]:
-    """Return at most `count` tasks (0: all) of `source` that have no pair in common with the tasks of a run."""
+def unseen_tasks(config: TrainConfig, source: str, count: int, skip: int = 0) -> list[ArcTask]:
+    """Return at most `count` tasks (0: all) of `source` that have no pair in common with the tasks of a run.
+
+    They are chosen by hash, without the `skip` tasks that would be chosen first.
+    """
     known = select_tasks(load_tasks(config.data.data, config.data.solutions), config.data.max_tasks)
     seen = {pair.exact for part in ("train", "test") for pair in fingerprints(known, part)}
 
     def is_unseen(task: ArcTask) -> bool:
         return not any(pair.exact in seen for part in ("train", "test") for pair in fingerprints([task], part))
 
-    return select_tasks([task for task in load_tasks(source) if is_unseen(task)], count)
+    unseen = [task for task in load_tasks(source) if is_unseen(task)]
+    first = {task.id for task in select_tasks(unseen, skip)} if skip else set()
+    return [task for task in select_tasks(unseen, skip + count if count else 0) if task.id not in first]
 
 
 # 2. One arm -----------------------------------------------------------------------------------------------------------
@@ -196,11 +201,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=1, help="of --train")
     parser.add_argument("--data", default=TRAINING, help="where unseen tasks are looked for")
     parser.add_argument("--tasks", type=int, default=60, help="at most this many unseen tasks, by hash; 0: all")
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many tasks, those that come first by hash")
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--together", type=int, default=1, help="tasks fitted at once; 0: all")
     parser.add_argument("--inside", default="mean", help="how predictions after training refine their prompt")
-    parser.add_argument("--augment", default="dihedral", choices=("none", "dihedral", "full"))
+    parser.add_argument("--augment", default="full", choices=("none", "dihedral", "full"))
     parser.add_argument("--lr", type=float, help="default: that of TaskTraining")
     parser.add_argument("--slot-lr", type=float, help="default: that of TaskTraining")
     parser.add_argument("--rank", type=int, help="default: that of TaskTraining")
@@ -217,7 +223,7 @@ def main(words: list[str]) -> int:
     if args.train:
         train_run(args)
     system, runtime = load_run(Path(args.run), args.device, args.cache_dir)
-    tasks = unseen_tasks(system.config, args.data, args.tasks)
+    tasks = unseen_tasks(system.config, args.data, args.tasks, args.skip)
     items = [(context, answer) for context, answer in test_items(tasks) if answer is not None]
     print(f"`python benchmarks/refine.py {shlex.join(words)}`: {len(items)} outputs of {len(tasks)} tasks that the run"
           f" has not seen, seed {args.seed}, {runtime.device.type}, torch {torch.__version__}\n\n{HEADER}")  # fmt: skip

@@ -129,6 +129,11 @@ def test_every_bit_comes_back_after_an_interruption(lab, contexts, error, place)
     assert differences(before, everything(lab.system)) == []
 
 
+def test_it_works_where_gradients_are_switched_off(lab, contexts):
+    with torch.no_grad(), trained(lab, contexts, settings(steps=1, weights="full")):
+        assert not torch.is_grad_enabled()
+
+
 def test_predictions_afterwards_are_those_from_before(lab, contexts):
     lab.system.eval()
     before = answers(lab.system, lab.runtime, contexts)
