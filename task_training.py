@@ -27,6 +27,7 @@ from model_persistence import rng_state, set_rng_state
 SLOT = "prompt_model.task_slot.weight"
 SIZE_WEIGHT = 0.5  # of the size loss beside the cells' nats, as in the last part of training
 WARMUP, DECAY = 0.1, 0.5  # shares of the steps in which the learning rate rises and falls
+FULL_SHARE = 0.3  # of the learning rate of low-rank updates, which start at zero
 BETAS = (0.9, 0.95)
 UNUSED = ("agent.backward_planner.", "agent.preference_", "agent.halt_head.")  # no answer depends on these
 
@@ -39,14 +40,14 @@ class TaskTraining:
     """
 
     steps: int = setting(32, "optimizer steps; a step is one batch of demonstrations", low=1)
-    lr: float = setting(1e-3, "peak learning rate of AdamW", low=0)
     weights: str = setting(
-        "low-rank",
+        "slot",
         "what is fitted: slot (one vector per task), low-rank (and low-rank updates of the agent's matrices), or full"
         " (and all weights of the agent that answers depend on)",
         choices=("slot", "low-rank", "full"),
     )
-    slot_lr: float = setting(1e-2, "peak learning rate of the task slots", low=0)
+    slot_lr: float = setting(0.1, "peak learning rate of the task slots", low=0)
+    lr: float = setting(1e-3, f"peak learning rate of low-rank updates; full weights take {FULL_SHARE} of it", low=0)
     rank: int = setting(8, "rank of the low-rank updates", low=1)
     augment: str = setting("full", "augmentation of the demonstrations", choices=("none", "dihedral", "full"))
     batch_cells: int = setting(4096, "cells per batch, counted on the padded canvases", low=1)
@@ -264,7 +265,8 @@ def _batches(sampler: TaskSampler) -> Iterator[tuple[Query, Answer]]:
 
 def make_optimizer(stand_ins: StandIns, settings: TaskTraining) -> torch.optim.AdamW:
     """Return AdamW without weight decay, slots and weights with their own peak learning rates."""
-    groups = [{"params": stand_ins.slots, "lr": settings.slot_lr}, {"params": stand_ins.weights, "lr": settings.lr}]
+    lr = settings.lr * (FULL_SHARE if settings.weights == "full" else 1.0)
+    groups = [{"params": stand_ins.slots, "lr": settings.slot_lr}, {"params": stand_ins.weights, "lr": lr}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS, weight_decay=0.0)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
