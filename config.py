@@ -510,6 +510,12 @@ def _checked(item: dataclasses.Field, value: Any, name: str, shown: str | None =
     return value
 
 
+def check_settings(settings: Any) -> None:
+    """Return nothing if every value of a dataclass of settings is acceptable. Raises: ConfigError naming the first."""
+    for item in dataclasses.fields(settings):
+        _checked(item, getattr(settings, item.name), item.name)
+
+
 def _in_words(value: Any) -> str:
     return value if isinstance(value, str) else reprlib.repr(value)
 

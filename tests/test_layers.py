@@ -45,6 +45,7 @@ LAYERS = {
     "scoring": 2,
     "arc_system": 3,
     "evaluate": 4,
+    "task_training": 4,
     "trainloop_complete_with_fixes": 5,
 }
 WITHIN_LAYER = {
