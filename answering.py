@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,7 +25,17 @@ import torch
 
 from arc_data import ArcTask, Augmentation, Context, Grid, leave_one_out, parse_grid, test_contexts
 from arc_system import ARCSystem, Runtime, choose_device, choose_runtime
-from config import AnswerConfig, ConfigError, TrainConfig, from_dict, one_line, parse_json, read_regular, with_values
+from config import (
+    AnswerConfig,
+    ConfigError,
+    TrainConfig,
+    from_dict,
+    one_line,
+    parse_json,
+    read_regular,
+    resolve,
+    with_values,
+)
 from memory_ladder import free_memory, is_out_of_memory
 from model_persistence import CheckpointError, load_best_weights
 from prior_cache import BuildPlan
@@ -85,7 +96,7 @@ def settings_of(facts: Mapping[str, Any], answers: AnswerConfig) -> TrainConfig:
             changes["evaluation.refine_samples"] = answers.refine_samples
         if answers.model:
             changes["prompt.model"] = answers.model
-        return with_values(config, changes)
+        return resolve(with_values(config, changes), "cpu")  # the cells per batch: the rest is in the file
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"the weights were written by another version ({error})",
                               "use the version that trained them") from error
@@ -221,7 +232,8 @@ class Solver:
         config = settings_of(facts, answers)
         device = choose_device(answers.device)
         runtime = choose_runtime(device, answers.precision)
-        system = ARCSystem(config, int(facts.get("num_tasks", 0)))
+        with contextlib.redirect_stdout(sys.stderr):  # what loading a model says; stdout may be for JSON alone
+            system = ARCSystem(config, int(facts.get("num_tasks", 0)))
         require_fit(system, tensors)
         try:
             system.import_state(tensors, facts)

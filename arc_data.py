@@ -285,6 +285,7 @@ def _attach_solutions(raw: list[tuple[str, Any, str]], path: Path) -> None:
 
 
 def parse_task(task_id: str, value: Any, where: str) -> ArcTask:
+    """Return the task in a JSON value; `where` names it in errors. Raises: DataError naming the first fault."""
     if not _is_task(value):
         raise _not_a_task(where, value)
     parts = {}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from answering import Attempts, Partial, Progress, Solved, Solver, Trust, attempts_of, fallback
-from arc_data import ArcTask, DataError, Pair, data_hash, load_json, load_tasks, parse_grid, select_tasks
+from arc_data import ArcTask, DataError, Pair, data_hash, load_json, load_tasks, parse_grid, parse_task, select_tasks
 from config import PROGRAM, AnswerCommand, ConfigError, one_line
 from model_persistence import StopFlag
 from protocols import VALIDATED, Comparison, compare, load_protocol, require_unseen, status_line, within_line
@@ -108,10 +108,11 @@ def prepare_priors(solver: Solver, tasks: Sequence[ArcTask], session: Session) -
 
 def work_key(solver: Solver, tasks: Sequence[ArcTask]) -> str:
     """Return what the answers depend on: weights, settings of answering, tasks (not their answers)."""
-    settings = solver.answers
+    settings, device = solver.answers, solver.runtime.device.type
+    unanswered = [ArcTask(t.id, t.train, tuple(Pair(p.input, None) for p in t.test)) for t in tasks]
     facts = [solver.digest, len(solver.views), settings.refine, settings.refine_samples, settings.refine_steps,
-             settings.refine_weights, settings.answer_confidence, settings.batch_cells, settings.precision, solver.runtime.device.type,
-             data_hash([ArcTask(t.id, t.train, tuple(Pair(p.input, None) for p in t.test)) for t in tasks])]
+             settings.refine_weights, settings.answer_confidence, settings.batch_cells, settings.precision, device,
+             data_hash(unanswered)]  # fmt: skip
     return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
@@ -336,8 +337,6 @@ def load_challenges(data: str) -> tuple[list[ArcTask], dict[str, str]]:
 
 def _tolerant(path: Path, table: dict[str, Any], first: DataError) -> tuple[list[ArcTask], dict[str, str]]:
     """Return the tasks of a challenges file of which some are damaged. Raises: first when none is whole."""
-    from arc_data import parse_task
-
     tasks, broken = [], {}
     for task_id, value in table.items():
         try:

@@ -46,6 +46,9 @@ LAYERS = {
     "arc_system": 3,
     "evaluate": 4,
     "task_training": 4,
+    "voting": 4,
+    "answering": 4,
+    "verbs": 4,
     "trainloop_complete_with_fixes": 5,
 }
 WITHIN_LAYER = {
@@ -63,6 +66,10 @@ WITHIN_LAYER = {
     ("qwen_hybrid_prompt", "demo_prior"),
     ("solver2", "demo_prior"),
     ("run_backup", "model_persistence"),
+    ("voting", "evaluate"),
+    ("answering", "voting"),
+    ("answering", "task_training"),
+    ("verbs", "answering"),
 }
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
