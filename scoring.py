@@ -1,6 +1,7 @@
 """Scores of attempts against answers under the three rules in use, with intervals, and the submission file.
 
-Works on grids alone, whoever made them. Imports numpy, config, arc_data and report. Used by verbs. Attempts are {task_id: [[attempt_1, attempt_2], ... one list per test input]}; a single attempt counts as both.
+Works on grids alone, whoever made them. Imports numpy, config, arc_data and report. Used by verbs.
+Attempts are {task_id: [[attempt_1, attempt_2], ... one list per test input]}; a single attempt counts as both.
 """
 
 from __future__ import annotations

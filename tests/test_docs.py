@@ -18,7 +18,16 @@ from typing import Any
 
 import pytest
 
-from config import ConfigError, LossConfig, all_settings, build_parser, flag_of, parse_command_line
+from config import (
+    VERBS,
+    ConfigError,
+    LossConfig,
+    all_settings,
+    build_answer_parser,
+    build_parser,
+    flag_of,
+    parse_command_line,
+)
 from loss_function import TERM_NAMES, term_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +89,8 @@ def flags_of_script(script: Path) -> set[str]:
 @functools.cache
 def flags_of_driver() -> frozenset[str]:
     """Return every flag of the driver."""
-    return frozenset(option for action in build_parser()._actions for option in action.option_strings)
+    parsers = [build_parser(), *map(build_answer_parser, VERBS)]
+    return frozenset(o for parser in parsers for action in parser._actions for o in action.option_strings)
 
 
 # What is wrong with it ------------------------------------------------------------------------------------------------

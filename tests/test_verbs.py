@@ -243,3 +243,13 @@ def test_arc1_evaluation_is_refused_to_a_run_that_was_validated_on_arc2_training
     comparison = compare(load_protocol("arc1-eval").scored, {VALIDATED: seen[VALIDATED]})
     with pytest.raises(LeakError, match=r"395 of its 419 answers, in 376 tasks"):
         require_unseen(comparison, "arc1-eval")
+
+
+def test_the_readmes_lines_of_python_work(reference, unseen, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(reference.path.parent, tmp_path / "runs")
+    challenges(tmp_path / "my_task.json", unseen[:1])
+    readme = (Path(answering.__file__).parent / "README.md").read_text()
+    names: dict = {}
+    exec(readme.partition("```python")[2].partition("```")[0], names)
+    assert [len(found) for found in names["answers"].values()] == [len(unseen[0].test)]
