@@ -39,14 +39,14 @@ class TaskTraining:
     Raises: ConfigError naming the setting whose value is not acceptable.
     """
 
-    steps: int = setting(32, "optimizer steps; a step is one batch of demonstrations", low=1)
+    steps: int = setting(16, "optimizer steps; a step is one batch of demonstrations", low=1)
     weights: str = setting(
         "slot",
         "what is fitted: slot (one vector per task), low-rank (and low-rank updates of the agent's matrices), or full"
         " (and all weights of the agent that answers depend on)",
         choices=("slot", "low-rank", "full"),
     )
-    slot_lr: float = setting(0.1, "peak learning rate of the task slots", low=0)
+    slot_lr: float = setting(0.03, "peak learning rate of the task slots", low=0)
     lr: float = setting(1e-3, f"peak learning rate of low-rank updates; full weights take {FULL_SHARE} of it", low=0)
     rank: int = setting(8, "rank of the low-rank updates", low=1)
     augment: str = setting("full", "augmentation of the demonstrations", choices=("none", "dihedral", "full"))
