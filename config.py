@@ -317,7 +317,7 @@ class AnswerConfig:
         choices=("none", "mean", "search", "train"),
     )
     refine_samples: int = setting(0, "refinements that a search tries per view; 0: as trained", low=0)
-    refine_steps: int = setting(32, "optimizer steps of --refine train for the tasks answered together", low=1)
+    refine_steps: int = setting(16, "optimizer steps of --refine train for the tasks answered together", low=1)
     refine_weights: str = setting(
         "slot",
         "what --refine train fits: slot (one vector per task), low-rank (and low-rank updates of the agent's matrices),"
