@@ -1199,7 +1199,9 @@ def main(command: CommandLine | AnswerCommand) -> int:
             return 0
         return start(command, console)
     except KeyboardInterrupt:
-        console.error("interrupted before the first batch; nothing was trained")
+        trains = isinstance(command, CommandLine)
+        console.error("interrupted before the first batch; nothing was trained" if trains else
+                      "interrupted; answers found so far are kept, the same command goes on")  # fmt: skip
         return 128 + signal.SIGINT
     except Exception as problem:
         error = problem
