@@ -14,15 +14,21 @@ from __future__ import annotations
 
 import sys
 
-from config import ConfigError, parse_command_line
+import doctor
+from config import ConfigError, DoctorCommand, parse_command_line
 from report import Console
 
-if __name__ == "__main__":  # --help and every usage error answer before torch is loaded
+if __name__ == "__main__":  # --help, doctor, usage errors and missing packages answer before torch is loaded
     try:
         COMMAND = parse_command_line(sys.argv[1:])
     except ConfigError as problem:
         Console().error(str(problem), problem.hint)
         sys.exit(2)
+    if isinstance(COMMAND, DoctorCommand):
+        sys.exit(doctor.examine(COMMAND, Console(quiet=COMMAND.quiet)))
+    for fault, hint in doctor.package_faults():
+        Console().error(fault, hint)
+        sys.exit(4)
 
 import contextlib
 import dataclasses
@@ -1101,6 +1107,8 @@ def settle(command: CommandLine, chosen: RunChoice | None, console: Console) -> 
     if chosen is not None:
         saved = read_settings(chosen.path)
         config = resume_config(saved, config, command.explicit)
+        if command.file:
+            console.note(f"going on with the run's own settings, not those of {command.file}")
     device = choose_device(config.run.device)
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
     resolved = resolve(config, device.type, memory)
