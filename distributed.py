@@ -96,9 +96,16 @@ class World:
 
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            distributed.init_process_group(backend, timeout=PATIENCE)
-        except RuntimeError as error:
-            raise PeerError(f"the {self.size} processes did not meet ({_first_line(error)})") from error
+            place, _, _ = next(distributed.rendezvous("env://", timeout=PATIENCE))
+            # torchrun keeps this place for the processes that it starts anew: those of before must not be met there.
+            place = distributed.PrefixStore(f"restart {self.restarts}", place)
+            distributed.init_process_group(
+                backend, store=place, rank=self.rank, world_size=self.size, timeout=PATIENCE
+            )
+        except (RuntimeError, ValueError) as error:
+            raise PeerError(f"the {self.size} processes did not meet ({_first_line(error)})",
+                            "MASTER_ADDR and MASTER_PORT say where; torchrun --standalone sets them"
+                            ) from error  # fmt: skip
 
     def leave(self) -> None:
         """Part from the others, at a clean end."""
@@ -209,7 +216,7 @@ class World:
             raise
         except RuntimeError as error:
             raise PeerError(
-                f"process {self.rank} lost another process ({_first_line(error)})",
+                f"another process is gone ({_first_line(error)})",
                 "see that one's error; --resume goes on, as torchrun --max-restarts 3 does by itself",
             ) from error
 
