@@ -27,7 +27,7 @@ from config import ConfigError
 T = TypeVar("T")
 PATIENCE = timedelta(hours=1)  # how long a process waits for the others: all priors lie between two meetings
 BUCKET = 2**25  # elements that are flattened together, so that the copy stays small beside the gradients
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")  # of torchrun
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")  # of torchrun
 
 
 class PeerError(RuntimeError):
@@ -51,34 +51,34 @@ class Ended(Exception):
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, numbered by `rank`; the first one (0) alone writes. One process is a world as well.
+    """The processes of a run, all on one machine, numbered by `rank`; the first one (0) alone writes. One process is a
+    world as well.
 
-    local_rank and local_size: number among, and number of, those on this machine; launch: which call of torchrun
-    started them, '' without; restarts: how often torchrun has started them anew.
+    launch: which call of torchrun started them, '' without; restarts: how often torchrun has started them anew.
     What speaks of all processes has to be called by all of them, in the same order.
     """
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
     launch: str = ""
     restarts: int = 0
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> World:
-        """Return the world that torchrun describes. Raises: ConfigError when that is not whole."""
+        """Return the world that torchrun describes. Raises: ConfigError when that is not whole, or several machines."""
         try:
-            rank, size, local_rank, local_size, restarts = (int(environment.get(name) or 0) for name in VARIABLES)
+            rank, size, here, restarts = (int(environment.get(name) or 0) for name in VARIABLES)
         except ValueError as error:
             raise ConfigError(f"{' or '.join(VARIABLES)} is no number", "unset it, or start with torchrun") from error
-        if size > 1 and not all(environment.get(name) for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR")):
-            raise ConfigError("WORLD_SIZE is set, but not RANK, LOCAL_RANK and MASTER_ADDR",
+        if size > 1 and not all(environment.get(name) for name in ("RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")):
+            raise ConfigError("WORLD_SIZE is set, but not RANK, LOCAL_WORLD_SIZE and MASTER_ADDR",
                               "unset it, or start with torchrun")  # fmt: skip
+        if size > 1 and here != size:
+            raise ConfigError("processes on several machines", "torchrun --standalone --nproc-per-node N")
         launch = environment.get("TORCHELASTIC_RUN_ID", "")
         if launch == "none":  # torchrun's default without --standalone, the same for each call, unlike its process
             launch = f"torchrun {os.getppid()}"
-        return cls(rank, max(size, 1), local_rank, max(local_size, 1), launch, restarts)
+        return cls(rank, max(size, 1), launch, restarts)
 
     @property
     def is_first(self) -> bool:

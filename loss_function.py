@@ -434,7 +434,7 @@ def joined_terms(
         return torch.stack([share * value.detach() for share, value in zip(shares, values, strict=True)]).sum()
 
     count = torch.stack(list(cells))
-    wrong = torch.stack([part.hard_fraction for part in parts]) * count.clamp_min(1)
+    wrong = torch.stack([part.hard_fraction for part in parts]) * count
     total, wrong, count, *means = world.sum(
         [mean([part.total for part in parts]), wrong.sum(), count.sum()]
         + [mean([part.terms[name] for part in parts]) for name in TERM_NAMES]
@@ -442,7 +442,7 @@ def joined_terms(
     )
     return EFETerms(
         total=total,
-        terms=dict(zip(TERM_NAMES, means, strict=False)),
+        terms=dict(zip(TERM_NAMES, means[: len(TERM_NAMES)], strict=True)),
         weighted=dict(zip(TERM_NAMES, means[len(TERM_NAMES) :], strict=True)),
         per_sample_consistency=torch.cat([part.per_sample_consistency for part in parts]),
         per_sample_cross_entropy=torch.cat([part.per_sample_cross_entropy for part in parts]),

@@ -394,9 +394,9 @@ def take_step(run: Run, epoch: int, k: int, moment: Moment, watch_qwen: bool) ->
     """
     parts = compute_within_memory(run, epoch, k, moment)
     contexts, cells, numbers = parts[0].query.contexts, parts[0].answer.mask.sum(), parts[0].result
-    if not numbers.share.is_whole:
-        contexts, (cells,) = numbers.share.contexts, (numbers.share.sum(cells),)
-        numbers = joined(parts, run.world)
+    share = numbers.share
+    if not share.is_whole:
+        contexts, cells, numbers = share.contexts, share.sum(cells), joined(parts, run.world)
         exchange(run)
     elif len(parts) > 1:
         query, answer = run.sampler.batch(epoch, k)
@@ -987,14 +987,20 @@ def keep_best(run: Run, scores: dict[str, float]) -> tuple[Weights | None, bool]
     rank = (scores["exact"], scores["cells_predicted"])
     if rank > (best.get("exact", -1), best.get("cells_predicted", -1.0)):
         best |= {"exact": scores["exact"], "cells_predicted": scores["cells_predicted"], "epoch": run.state.epoch}
-        with run.average.swapped():
-            tensors, facts = run.system.export_state() if run.world.is_first else ({}, {})
-            origin = {"protocol": run.config.data.protocol, "tasks": [task.id for task in run.sampler.tasks]}
-            weights = snapshot(tensors), {**facts, **origin, "seen": run.seen, "config": portable_config(run)}
+        if run.world.is_first:
+            weights = best_weights(run)
     improved = scores["accuracy_delta"] > best.get("accuracy_delta", float("-inf"))
     if improved:
         best |= {"accuracy_delta": scores["accuracy_delta"], "delta_epoch": run.state.epoch}
     return weights, improved
+
+
+def best_weights(run: Run) -> Weights:
+    """Return a copy of the averaged weights, and what one has to know to use and to judge them."""
+    with run.average.swapped():
+        tensors, facts = run.system.export_state()
+        origin = {"protocol": run.config.data.protocol, "tasks": [task.id for task in run.sampler.tasks]}
+        return snapshot(tensors), {**facts, **origin, "seen": run.seen, "config": portable_config(run)}
 
 
 def portable_config(run: Run) -> dict[str, Any]:
@@ -1032,7 +1038,7 @@ def prepare_priors(run: Run) -> None:
     if run.world.tell(bool(run.system.prior.folder)):
         run.world.first(lambda: compute_priors(run))
     else:
-        compute_priors(run, processes=max(core_count() // run.world.local_size, 1) if run.world.size > 1 else 0)
+        compute_priors(run, processes=max(core_count() // run.world.size, 1) if run.world.size > 1 else 0)
     if run.world.size > 1:
         agree(run, run.world.sum([torch.tensor(wishes(run), device=run.runtime.device)])[0].tolist())
 
@@ -1255,10 +1261,10 @@ def process_device(name: str, world: World) -> torch.device:
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     choose_device("cuda")
-    if torch.cuda.device_count() < world.local_size:
-        raise DeviceError(f"{world.local_size} processes, but only {torch.cuda.device_count()} CUDA GPUs",
+    if torch.cuda.device_count() < world.size:
+        raise DeviceError(f"{world.size} processes, but only {torch.cuda.device_count()} CUDA GPUs",
                           f"torchrun --nproc-per-node {torch.cuda.device_count()}, or --device cpu")  # fmt: skip
-    device = torch.device("cuda", world.local_rank)
+    device = torch.device("cuda", world.rank)
     torch.cuda.set_device(device)
     return device
 
@@ -1312,14 +1318,14 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def build_run(command: CommandLine, console: Console, chosen: RunChoice | None, world: World = ALONE) -> Run:
     """Return the run that the command line asks for: `chosen` is the run to resume, None for a new one."""
-    parts = world.together(lambda: build_parts(command, console, chosen, world), exit_code)
-    path = world.first(lambda: run_folder(parts, chosen), exit_code)
+    setup = world.together(lambda: set_up(command, console, chosen, world), exit_code)
+    path = world.first(lambda: run_folder(setup, chosen), exit_code)
     run_id = path.name if chosen is None else chosen.run_id
-    return world.together(lambda: open_run(parts, path, run_id, console, world), exit_code)
+    return world.together(lambda: open_run(setup, path, run_id, console, world), exit_code)
 
 
 @dataclass(frozen=True)
-class Parts:
+class Setup:
     """What a run is made of before it has a folder."""
 
     config: TrainConfig
@@ -1330,7 +1336,7 @@ class Parts:
     system: ARCSystem
 
 
-def build_parts(command: CommandLine, console: Console, chosen: RunChoice | None, world: World) -> Parts:
+def set_up(command: CommandLine, console: Console, chosen: RunChoice | None, world: World) -> Setup:
     """Return the settings, the data and the system of a run."""
     config, runtime = settle(command, chosen, console, world)
     require_mounted(config.run.backup)
@@ -1357,21 +1363,21 @@ def build_parts(command: CommandLine, console: Console, chosen: RunChoice | None
     planner = f"planner {config.agent.preset} ({parameter_count(system.agent):,} parameters)"
     written = f"{config.prompt.model}@{revision[:12]} ({config.prompt.train_llm}, {llm:,} parameters train)"
     console.say(banner_line("model", f"{written}, {planner}"))
-    return Parts(config, runtime, data, sampler, items, system)
+    return Setup(config, runtime, data, sampler, items, system)
 
 
-def run_folder(parts: Parts, chosen: RunChoice | None) -> Path:
+def run_folder(setup: Setup, chosen: RunChoice | None) -> Path:
     """Return the folder of a new run, made now, or of the chosen one. Raises: ConfigError when its tasks are others."""
     if chosen is None:
-        return RunFolder.create(parts.config.run.out, parts.config.run.name).path
-    if RunFolder(chosen.path).read_config().get("data_hash") != parts.data.hash:
+        return RunFolder.create(setup.config.run.out, setup.config.run.name).path
+    if RunFolder(chosen.path).read_config().get("data_hash") != setup.data.hash:
         raise ConfigError("the tasks have changed since the run began", "restore them, or start anew with --fresh")
     return chosen.path
 
 
-def open_run(parts: Parts, path: Path, run_id: str, console: Console, world: World) -> Run:
+def open_run(setup: Setup, path: Path, run_id: str, console: Console, world: World) -> Run:
     """Return the run in a folder, which the first process locks and writes."""
-    config, runtime, system, first = parts.config, parts.runtime, parts.system, world.is_first
+    config, runtime, system, first = setup.config, setup.runtime, setup.system, world.is_first
     folder, lock = RunFolder(path, writes=first), RunLock(path)
     if first:
         lock.acquire()
@@ -1381,13 +1387,13 @@ def open_run(parts: Parts, path: Path, run_id: str, console: Console, world: Wor
                   minutes=config.run.save_minutes, fault=fault_of)  # fmt: skip
     target = Path(config.run.backup).expanduser()
     backup = Backup(path, target, store.run_id, console.say) if config.run.backup and first else None
-    seen = {TRAINED: pair_table(parts.data.tasks, "train"), VALIDATED: pair_table(parts.data.validation, "test")}
+    seen = {TRAINED: pair_table(setup.data.tasks, "train"), VALIDATED: pair_table(setup.data.validation, "test")}
     return Run(
         config=config, console=console, folder=folder, log=log, lock=lock, runtime=runtime, store=store, saver=saver,
         backup=backup, system=system, optimizers=build_optimizers(system),
-        average=WeightAverage(system, config.optim.ema), sampler=parts.sampler, items=parts.items,
+        average=WeightAverage(system, config.optim.ema), sampler=setup.sampler, items=setup.items,
         state=LoopState(**computed_on(runtime), processes=world.size), stop=StopFlag(console.say),
-        data_hash=parts.data.hash, seen=seen, world=world,
+        data_hash=setup.data.hash, seen=seen, world=world,
     )  # fmt: skip
 
 
