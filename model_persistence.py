@@ -855,10 +855,14 @@ def _try_flock(descriptor: int) -> bool | None:
 
 
 class StopFlag:
-    """SIGINT and SIGTERM ask the loop to stop after the batch; a second one ends the process at once."""
+    """SIGINT and SIGTERM ask the loop to stop after the batch; a second one ends the process at once.
+
+    `signal` is the one that asks, None without. Another process's may be written into it; that is not a first one.
+    """
 
     def __init__(self, say: Callable[[str], None], notice: str = ""):
         self.signal: int | None = None
+        self._caught = False
         self._say = say
         self._notice = notice or (
             "stopping after this batch ... (press again to stop at once; the last checkpoint stays valid)"
@@ -871,9 +875,9 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _catch(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
+        if self._caught:
             os._exit(128 + number)
-        self.signal = number
+        self._caught, self.signal = True, number
         self._say(self._notice)
 
 
