@@ -1066,9 +1066,9 @@ def save(run: Run, best: Weights | None = None, is_best_delta: bool = False) -> 
 
     The first process writes what all of them agree on. Raises: PeerError when they do not.
     """
-    state = run.state
+    state, payload = run.state, checkpoint_payload(run)
     if run.world.size > 1:
-        run.world.require_equal(fingerprint(shared_state(run)), f"step {state.step}")
+        run.world.require_equal(fingerprint(shared_part(payload)), f"step {state.step}")
     if not run.world.is_first:
         return
     facts = {"epoch": state.epoch, "batch": state.batch, "step": state.step, "best": dict(state.best)}
@@ -1078,7 +1078,7 @@ def save(run: Run, best: Weights | None = None, is_best_delta: bool = False) -> 
         if run.backup is not None:
             run.backup.offer()
 
-    run.saver.save(state.step, checkpoint_payload(run), best=best, is_best_delta=is_best_delta, then=written)
+    run.saver.save(state.step, payload, best=best, is_best_delta=is_best_delta, then=written)
     state.save_seconds += run.saver.stall
 
 
@@ -1105,14 +1105,10 @@ def checkpoint_payload(run: Run) -> dict[str, Any]:
     }
 
 
-def shared_state(run: Run) -> dict[str, Any]:
-    """Return references to what has to be the same on all processes: all but times, and what one of them alone has."""
-    loop = {k: v for k, v in dataclasses.asdict(run.state).items() if k != "device" and not k.endswith("_seconds")}
-    return {
-        "system": run.system.checkpoint_state(), "optimizers": run.optimizers.state_dict(), "loop": loop,
-        "average": run.average.state_dict(), "memory": run.system.memory.state_dict(),
-        "health": run.health.state_dict(), "scaler": run.runtime.scaler.state_dict(),
-    }  # fmt: skip
+def shared_part(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a payload has to be the same on all processes: all but times, and what one of them alone has."""
+    loop = {k: v for k, v in payload["loop"].items() if k != "device" and not k.endswith("_seconds")}
+    return {**{k: payload[k] for k in ("system", "optimizers", "scaler", "average", "memory")}, "loop": loop}
 
 
 def require_saved(run: Run) -> None:

@@ -189,7 +189,7 @@ def take_steps(run: driver.Run, count: int) -> tuple[list[dict], dict, int]:
     """Return the numbers of the first steps, the state after them, and its fingerprint."""
     run.system.train()
     steps = [driver.take_step(run, 0, k, driver.Moment(k, k / 8, k % 2 == 0), watch_qwen=True) for k in range(count)]
-    state = driver.shared_state(run)
+    state = driver.shared_part(driver.checkpoint_payload(run))
     return [numbers_of(step) for step in steps], state, fingerprint(state)
 
 
@@ -256,9 +256,9 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(team, monkey
     before, after = {}, {}
 
     def attempt(run: driver.Run) -> bool:
-        before[run.world.rank] = fingerprint(driver.shared_state(run))
+        before[run.world.rank] = fingerprint(driver.shared_part(driver.checkpoint_payload(run)))
         taken = driver.take_step(run, 0, 0, driver.Moment(0, 0.0, True), watch_qwen=False).update.taken
-        after[run.world.rank] = fingerprint(driver.shared_state(run))
+        after[run.world.rank] = fingerprint(driver.shared_part(driver.checkpoint_payload(run)))
         return taken
 
     assert everywhere(attempt) == [False, False]
