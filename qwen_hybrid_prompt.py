@@ -433,26 +433,52 @@ def _check_revision(config: PromptConfig, found: str) -> None:
 
 
 def _load_hub(config: PromptConfig) -> LanguageModel:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    name, revision = config.model, config.revision or None
-    try:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError as error:
-        raise _unknown_model(name) from error
-    problem: Exception | None = None
-    if isinstance(cached, str):
-        snapshot = Path(cached).parent
+    name, problem = config.model, None
+    snapshot = _cached(config)
+    if snapshot is not None:
         try:
             return LanguageModel(*_from_folder(snapshot, name), snapshot.name)
         except ModelError as error:  # an interrupted download leaves config.json without weights: the hub mends that
             problem = error
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        switch = "--offline" if config.offline else "HF_HUB_OFFLINE"
-        raise ModelError(f"{name} is not in the local cache and {switch} is set", _cache_hint(name)) from problem
-    snapshot = _download(name, *_ask_hub(name, revision))
+    _require_online(config, problem)
+    snapshot = _download(name, *_ask_hub(name, config.revision or None))
     return LanguageModel(*_from_folder(snapshot, name), snapshot.name)
+
+
+def _cached(config: PromptConfig) -> Path | None:
+    """Return the folder of a hub model in the local cache. Raises: ModelError for what can be no hub id."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(config.model, "config.json", revision=config.revision or None)
+    except HFValidationError as error:
+        raise _unknown_model(config.model) from error
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _require_online(config: PromptConfig, problem: Exception | None = None) -> None:
+    if config.offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        switch = "--offline" if config.offline else "HF_HUB_OFFLINE"
+        name = config.model
+        raise ModelError(f"{name} is not in the local cache and {switch} is set", _cache_hint(name)) from problem
+
+
+def find_language_model(config: PromptConfig) -> str:
+    """Return where the language model would be loaded from, in words, without loading it.
+
+    Raises: ModelError when it cannot be had, within seconds if the hub is silent.
+    """
+    _require("transformers", MIN_TRANSFORMERS)
+    if config.model == "tiny":
+        return "built here"
+    if (folder := Path(config.model).expanduser()).is_dir():
+        return f"in the folder {folder}"
+    snapshot = _cached(config)
+    if snapshot is not None:
+        return f"in the local cache, commit {snapshot.name[:12]}"
+    _require_online(config)
+    return f"on huggingface.co, commit {_ask_hub(config.model, config.revision or None)[0][:12]}"
 
 
 def _from_folder(folder: Path, name: str) -> tuple[nn.Module, Any]:

@@ -16,16 +16,24 @@ from __future__ import annotations
 import os
 import sys
 
-from config import ConfigError, parse_command_line
+import doctor
+from config import ConfigError, DoctorCommand, parse_command_line
 from report import Console
 
-if __name__ == "__main__":  # --help and every usage error answer before torch is loaded
+if __name__ == "__main__":  # --help, doctor, usage errors and missing packages answer before torch is loaded
+    SPEAKS = os.environ.get("RANK", "0") == "0"  # the other processes of torchrun find the same
     try:
         COMMAND = parse_command_line(sys.argv[1:])
     except ConfigError as problem:
-        if os.environ.get("RANK", "0") == "0":  # the other processes of torchrun find the same
+        if SPEAKS:
             Console().error(str(problem), problem.hint)
         sys.exit(2)
+    if isinstance(COMMAND, DoctorCommand):
+        sys.exit(doctor.examine(COMMAND, Console(quiet=COMMAND.quiet)))
+    for fault, hint in doctor.package_faults():
+        if SPEAKS:
+            Console().error(fault, hint)
+        sys.exit(4)
 
 import contextlib
 import dataclasses
@@ -1273,6 +1281,8 @@ def settle(
     if chosen is not None:
         saved = read_settings(chosen.path)
         config = resume_config(saved, config, command.explicit)
+        if command.file:
+            console.note(f"going on with the run's own settings, not those of {command.file}")
     device = process_device(config.run.device, world)
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
     resolved = resolve(config, device.type, memory)

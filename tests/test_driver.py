@@ -345,6 +345,17 @@ def test_resume_with_nothing_is_exit_code_5(drive, capsys):
     assert hint.startswith("hint: start one without --resume")
 
 
+def test_a_resumed_run_keeps_its_own_settings_and_says_so(drive, new_flags, tmp_path, capsys):
+    (tmp_path / "settings.json").write_text('{"run": {"seed": 5}, "optim": {"lr": 0.01}}')
+    assert drive(*new_flags("--config", "settings.json", "--epochs", 1, "--max-batches", 1)) == 0
+    stored = json.loads(Path("runs/demo/config.json").read_text())["config"]
+    assert stored["run"]["seed"] == 5 and stored["optim"]["lr"] == 0.01
+    (tmp_path / "settings.json").write_text('{"run": {"seed": 6}}')
+    assert drive("--resume", "--config", "settings.json", "--epochs", 2) == 0
+    assert "note: going on with the run's own settings, not those of settings.json" in capsys.readouterr().out
+    assert json.loads(Path("runs/demo/config.json").read_text())["config"]["run"]["seed"] == 5
+
+
 def test_resume_auto_with_nothing_starts_a_new_run_and_says_so(drive, new_flags, capsys):
     assert drive("--resume", "auto", *new_flags("--epochs", 1, "--max-batches", 1)) == 0
     assert "note: --resume auto: no run under runs/, starting a new one" in capsys.readouterr().out

