@@ -710,11 +710,15 @@ class TaskSampler:
 
         The parts are as equal as can be, the larger ones first, and each lies on the smallest canvases that hold it.
         """
+        return [collate(*piece) for piece in self.pieces(epoch, k, count)]
+
+    def pieces(self, epoch: int, k: int, count: int) -> list[tuple[list[Context], list[Grid]]]:
+        """Return what `parts` makes batches of: the contexts and the answers of each part."""
         contexts, answers = self._items(epoch, k)
         count = max(1, min(count, len(contexts)))
         each, more = divmod(len(contexts), count)
         starts = [i * each + min(i, more) for i in range(count + 1)]
-        return [collate(contexts[a:b], answers[a:b]) for a, b in itertools.pairwise(starts)]
+        return [(contexts[a:b], answers[a:b]) for a, b in itertools.pairwise(starts)]
 
     def _items(self, epoch: int, k: int) -> tuple[list[Context], list[Grid]]:
         """Return what is to be predicted in batch k of `epoch`, and the answers."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from arc_data import PAD, Answer, Query, canvas_side
 from config import ConfigError, TrainConfig
+from distributed import WHOLE, Share
 from grid_accuracy_loss import ARCPromptGuidedAgent, Reading, Trajectory, cell_nats, with_backward
 from loss_function import EFELoss
 from policy_refined import PolicyRefinedAgent, PolicyTerms, Proposal
@@ -311,7 +312,7 @@ class Judgement(NamedTuple):
 
 def score_refinements(
     system: ARCSystem, query: Query, answer: Answer, scene: Scene, reading: Reading, proposal: Proposal,
-    refined: Tensor, trajectory: Trajectory, progress: float,
+    refined: Tensor, trajectory: Trajectory, progress: float, share: Share = WHOLE,
 ) -> Judgement:  # fmt: skip
     """Return what the proposed refinements are worth.
 
@@ -340,7 +341,7 @@ def score_refinements(
         move = (prompts - scene.embedding)[tried][best, torch.arange(len(best), device=best.device)]
         move = torch.where(highest[:, None] > 0, move, 0.0)
     scale = system.policy.curiosity_scale(progress)
-    terms = system.policy.losses(proposal, reward[1:], scale, next_state)
+    terms = system.policy.losses(proposal, reward[1:], scale, next_state, share)
     gain = shaping_reward(rated[2], rated[1]) if len(plain) == 2 else None
     return Judgement(terms, change[0], gain, move)
 

@@ -29,6 +29,7 @@ from arc_data import (
 )
 from arc_system import ARCSystem, Runtime, Scene, canvas_for, keyed_generator, on_canvas
 from config import RewardConfig
+from distributed import ALONE, World
 from grid_accuracy_loss import Reading, Trajectory, cell_accuracy, cell_nats, exact_match, grid_sizes
 from policy_refined import leave_one_out_advantage
 from prior_cache import PriorCache
@@ -281,6 +282,11 @@ class Tally:
         """Return all values, float64 [outputs]; empty when nothing was added."""
         return np.concatenate(self.parts.get(name, [np.zeros(0)]))
 
+    def extend(self, other: Tally) -> None:
+        """Add what another tally holds, after what is there."""
+        for name, parts in other.parts.items():
+            self.parts.setdefault(name, []).extend(parts)
+
     def sum(self, name: str) -> float:
         """Return the sum, 0 when nothing was added."""
         return float(self.values(name).sum())
@@ -297,6 +303,7 @@ def validate(
     items: Sequence[Item],
     batch_cells: int,
     tick: Callable[[int], None] = lambda done: None,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """Return the validation metrics of the system over items (context, answer), in evaluation mode.
 
@@ -308,7 +315,7 @@ def validate(
     with the suffixes of `beside_prior`: exact, unsure_exact (the inputs not answered at once), two_exact (at two
     attempts).
     """
-    return summary(collect(system, runtime, items, batch_cells, tick))
+    return summary(collect(system, runtime, items, batch_cells, tick, world))
 
 
 def collect(
@@ -317,22 +324,30 @@ def collect(
     items: Sequence[Item],
     batch_cells: int,
     tick: Callable[[int], None] = lambda done: None,
+    world: World = ALONE,
 ) -> Tally:
-    """Return what `validate` sums up, output by output; "item" says which of the items each value belongs to."""
-    tally = Tally()
+    """Return what `validate` sums up, output by output; "item" says which of the items each value belongs to.
+
+    The batches are dealt out to the processes; each gets the whole tally, in the order of the batches.
+    """
+    batches, tallies = evaluation_batches(items, batch_cells), []
     with evaluation_mode(system):
-        for batch in evaluation_batches(items, batch_cells):
+        for batch in batches[world.rank :: world.size]:
             contexts = [items[i][0] for i in batch]
             query, answer = collate(contexts, [items[i][1] for i in batch])
             query, answer = query.to(runtime.device), answer.to(runtime.device)
-            prediction = predict(system, query, runtime)
+            prediction, tally = predict(system, query, runtime), Tally()
             judge(tally, prediction, answer)
             judge_habits(tally, prediction, query, answer)
             judge_beside_prior(tally, prediction, query, answer, system.config.reward)
             look_at_true_size(tally, system, runtime, prediction, query, answer)
             tally.add("item", batch)
+            tallies.append(tally)
             tick(len(batch))
-    return tally
+    dealt, whole = world.gather(tallies), Tally()
+    for number in range(len(batches)):
+        whole.extend(dealt[number % world.size][number // world.size])
+    return whole
 
 
 def summary(tally: Tally) -> dict[str, float]:

@@ -226,17 +226,17 @@ class PriorCache:
             row[list(context.augmentation.colors)] = self._canonical(context)
         return torch.from_numpy(rows).to(query.input.device)
 
-    def color_maps(self, query: Query) -> Tensor:
+    def color_maps(self, contexts: Sequence[Context]) -> Tensor:
         """Return color_map in canonical colours, float32 [B, 10, 10] on the host; the same under every augmentation."""
         maps = [
             self._get(("map", c.key), lambda c=c: color_map(c.demonstrations, self._canonical(c)))
-            for c in query.contexts
+            for c in contexts
         ]
         return torch.from_numpy(np.stack(maps))
 
-    def size_rules(self, query: Query) -> list[str]:
+    def size_rules(self, contexts: Sequence[Context]) -> list[str]:
         """Return the name of each context's size rule."""
-        return [self._get(("rule", c.key), lambda c=c: size_rule(c.demonstrations, c.input)[0]) for c in query.contexts]
+        return [self._get(("rule", c.key), lambda c=c: size_rule(c.demonstrations, c.input)[0]) for c in contexts]
 
     # The entries
 

@@ -304,6 +304,7 @@ def build_tiny_qwen(folder: Path | str, seed: int = 0) -> Path:
     tokenizer is Qwen's byte-level BPE with merges for the words of the rule texts, an eos token and no pad token.
     """
     _require("transformers", MIN_TRANSFORMERS)
+    from safetensors.torch import save_file
     from transformers import Qwen2Config, Qwen2Model
 
     folder = Path(folder)
@@ -321,7 +322,10 @@ def build_tiny_qwen(folder: Path | str, seed: int = 0) -> Path:
                 if parameter.dim() > 1:
                     deviation = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
                     parameter.normal_(0.0, deviation, generator=generator)
-        model.save_pretrained(folder)
+        # Not model.save_pretrained, which writes in the first of several processes only.
+        model.config.dtype, model.config.architectures = "float32", ["Qwen2Model"]
+        model.config.save_pretrained(folder)
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "config": 0,
     "archive_check": 0,
+    "distributed": 1,
     "terminal": 0,
     "arc_data": 0,
     "grid_hypotheses": 0,
