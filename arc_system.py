@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arc_data import PAD, Answer, Query, canvas_side
+from arc_data import PAD, Answer, Query, canvas_shape
 from config import ConfigError, TrainConfig
 from grid_accuracy_loss import ARCPromptGuidedAgent, Reading, Trajectory, cell_nats, with_backward
 from loss_function import EFELoss
@@ -180,26 +180,29 @@ class ARCSystem(nn.Module):
         canonical = self.prior.canonical(query)
         return Scene(features, size_log_prob, size_logits, prompt, embedding, recall, canonical)
 
-    def preference(self, query: Query, scene: Scene, size: Tensor | Sequence[tuple[int, int]], side: int) -> Tensor:
-        """Return the preference C [B, side, side, 10] for outputs of the given size, with what the memory adds.
+    def preference(
+        self, query: Query, scene: Scene, size: Tensor | Sequence[tuple[int, int]], canvas: int | tuple[int, int]
+    ) -> Tensor:
+        """Return the preference C [B, H, W, 10] for outputs of the given size, with what the memory adds.
 
-        Sizes given as plain numbers spare a wait for the device.
+        Sizes given as plain numbers spare a wait for the device. `canvas` is (H, W), or the side of a square.
         """
-        log_prob = self.prior.preferences(query, size, side)
+        log_prob = self.prior.preferences(query, size, canvas)
         if self.memory_reader is None:
             return log_prob
-        seen = on_canvas(query.input, side)
+        seen = on_canvas(query.input, canvas)
         return self.memory_reader.extend_preference(log_prob, scene.recall, scene.canonical, seen)
 
     def read(
-        self, query: Query, scene: Scene, size: Tensor, side: int, shapes: Sequence[tuple[int, int]] = ()
-    ) -> tuple[Reading, Tensor]:
-        """Return the reading for outputs of `size` on a side x side canvas, and the preference C it started from.
+        self, query: Query, scene: Scene, size: Tensor, canvas: int | tuple[int, int],
+        shapes: Sequence[tuple[int, int]] = (),
+    ) -> tuple[Reading, Tensor]:  # fmt: skip
+        """Return the reading for outputs of `size` on a canvas (H, W), and the preference C it started from.
 
         `shapes`: the sizes as plain numbers, if the caller has them.
         """
-        preference = self.preference(query, scene, shapes or size, side)
-        return self.agent.read(query, size, side, preference=preference), preference
+        preference = self.preference(query, scene, shapes or size, canvas)
+        return self.agent.read(query, size, canvas, preference=preference), preference
 
     def plan(self, scene: Scene, reading: Reading, embedding: Tensor) -> Trajectory:
         """Return the forward trajectory under the prompt `embedding` [B, Dp]."""
@@ -295,7 +298,7 @@ def rate(
 
 
 def agreement_with_input(query: Query, backward: Tensor) -> Tensor:
-    """Return the share [B] of input cells that the backward beliefs [B, T, F, F, C] end at."""
+    """Return the share [B] of input cells that the backward beliefs [B, T, F, G, C] end at."""
     return cells_union(backward[:, 0].argmax(-1), query.input_size, query.input, query.input_size)
 
 
@@ -345,15 +348,17 @@ def score_refinements(
     return Judgement(terms, change[0], gain, move)
 
 
-def on_canvas(grid: Tensor, side: int) -> Tensor:
-    """Return grids [B, H, W] cut or padded with PAD to [B, side, side]."""
-    grown = F.pad(grid, (0, max(side - grid.shape[-1], 0), 0, max(side - grid.shape[-2], 0)), value=PAD)
-    return grown[:, :side, :side]
+def on_canvas(grid: Tensor, canvas: int | tuple[int, int]) -> Tensor:
+    """Return grids [B, H, W] cut or padded with PAD to a canvas: (height, width), or the side of a square."""
+    height, width = canvas_shape(canvas)
+    grown = F.pad(grid, (0, max(width - grid.shape[-1], 0), 0, max(height - grid.shape[-2], 0)), value=PAD)
+    return grown[:, :height, :width]
 
 
-def canvas_for(sizes: Tensor) -> int:
-    """Return the canvas side that holds every size [B, 2]; reads the tensor on the host."""
-    return canvas_side(int(sizes.max()))
+def canvas_for(sizes: Tensor) -> tuple[int, int]:
+    """Return the canvas (height, width) that holds every size [B, 2]; reads the tensor on the host."""
+    height, width = sizes.amax(0).tolist()
+    return height, width
 
 
 # Optimizers, schedule, averaged weights ------------------------------------------------------------------------------

@@ -197,11 +197,10 @@ class StepResult(StepNumbers):
 def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) -> StepResult:
     """Return the loss of one batch, and the policy's, without changing anything."""
     scene = system.observe(query)  # rule text -> Qwen -> prompt, and the memories it recalls
-    side = answer.target.shape[-1]
-    reading, preference = system.read(query, scene, answer.target_size, side, answer.shapes)  # size given
+    reading, preference = system.read(query, scene, answer.target_size, answer.canvas, answer.shapes)  # size given
     mean_move = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
     refined = system.policy.refine(scene.embedding, mean_move, 0)
-    target = torch.where(answer.mask, answer.target, PAD)
+    target, seen = torch.where(answer.mask, answer.target, PAD), on_canvas(query.input, answer.canvas)
     trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
     policy, reward, gain, move = None, None, None, None
     if moment.scores_refinements:
@@ -216,7 +215,7 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
         query,
         answer,
         preference=preference,
-        desirability=system.z_table.lookup(query.task_slot, on_canvas(query.input, side), query.color_permutation),
+        desirability=system.z_table.lookup(query.task_slot, seen, query.color_permutation),
         prompt=scene.prompt.embedding,
         reward=reward,
         progress=moment.progress,
@@ -312,14 +311,14 @@ def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResu
     score = torch.where((sizes == answer.target_size).all(1), right / cells.clamp(min=1), 0.0)
     exact = exact_match(prediction, sizes, answer.target, answer.target_size)
     system.z_table.update(
-        query.task_slot, on_canvas(query.input, prediction.shape[-1]), prediction, answer.target, answer.mask,
+        query.task_slot, on_canvas(query.input, answer.canvas), prediction, answer.target, answer.mask,
         query.color_permutation,
     )  # fmt: skip
     embedding = result.scene.prompt.embedding
     system.efe_loss.remember(embedding, query.task_slot)
     if not system.config.memory.use_memory:
         return 0
-    best, _ = system.prior.candidates(query, answer.shapes, answer.target.shape[-1], count=1)
+    best, _ = system.prior.candidates(query, answer.shapes, answer.canvas, count=1)
     prior_score = cell_accuracy(best[:, 0], answer.target)[0] / cells.clamp(min=1)
     move = torch.zeros_like(embedding) if result.move is None else result.move
     scores = torch.stack((score, prior_score, exact), 1)

@@ -224,8 +224,8 @@ def print_flops(arm: Arm, first: int) -> None:
     runtime = arm.run.runtime
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(runtime.precision, torch.float32)
     reached, peak = counted_flops(arm, first, FLOP_BATCHES), matmul_peak(runtime.device, dtype)
-    print(f"counted FLOPs: {reached / 1e9:.1f} GFLOP/s, {reached / peak:.1%} of a large {str(dtype)[6:]} matrix product's"
-          f" {peak / 1e9:.0f}")  # fmt: skip
+    print(f"counted FLOPs: {reached / 1e9:.1f} GFLOP/s, {reached / peak:.1%} of the {peak / 1e9:.0f} of a large"
+          f" {str(dtype).removeprefix('torch.')} matrix product")  # fmt: skip
 
 
 def print_shares(run: driver.Run, batches: int) -> None:
@@ -253,7 +253,7 @@ def judged(arms: list[Arm], limits: bool) -> int:
     if limits:
         print(f"limits: {LEAST_REAL:.0%} real cells, " + ", ".join(f"{x}x vs {name}" for name, x in LIMITS.items()))
     found = factors(arms)
-    for name, (factor, each) in found.items():
+    for name, (_, each) in found.items():
         print(f"range over rounds vs {name}: {min(each):.1f} to {max(each):.1f}")
     for name, (factor, _) in found.items():
         print(f"vs {name}: {factor:.1f}x")
@@ -279,8 +279,9 @@ def main() -> int:
         step_cost.prepare_priors(run, args.warmup_batches + args.steps)
         arms = measured(run, args)
         pairs = sum(row[2] for row in arms[0].rows)
-        print(f"{args.preset} on {args.device}, {args.threads} threads, torch {torch.__version__}, {run.config.data.data},"
-              f" seed {run.config.run.seed}: {args.steps} batches of {pairs / args.steps:.1f} pairs")  # fmt: skip
+        print(f"{args.preset} on {args.device}, {args.threads} threads, torch {torch.__version__},"
+              f" {run.config.data.data}, seed {run.config.run.seed}: {args.steps} batches"
+              f" of {pairs / args.steps:.1f} pairs")  # fmt: skip
         print(*table(arms), sep="\n")
         print_flops(arms[0], args.warmup_batches)
         print_shares(run, min(args.steps, PROFILED_BATCHES))

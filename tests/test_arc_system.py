@@ -607,22 +607,22 @@ def test_memory_speaks_of_other_tasks_only():
 
 def test_preference_is_normalised_and_without_memory_the_prior(shared):
     query, answer = make_batch(growth=2)
-    side = answer.target.shape[-1]
+    canvas = answer.canvas
     for system in (shared, fill_memory(make_system(), ["a", "b", "c"]), make_system(memory__use_memory=False)):
         with torch.no_grad():
-            preference = system.preference(query, system.observe(query), answer.target_size, side)
-        assert preference.shape == (3, side, side, 10)
-        torch.testing.assert_close(preference.exp().sum(-1), torch.ones(3, side, side))
-    prior = system.prior.preferences(query, answer.target_size, side)
+            preference = system.preference(query, system.observe(query), answer.target_size, canvas)
+        assert preference.shape == (3, *canvas, 10)
+        torch.testing.assert_close(preference.exp().sum(-1), torch.ones(3, *canvas))
+    prior = system.prior.preferences(query, answer.target_size, canvas)
     assert torch.equal(preference, prior)
 
 
 def test_target_reaches_the_backward_beliefs_and_nothing_else(shared):
     query, answer = make_batch(growth=2)
-    side, results = answer.target.shape[-1], []
+    results = []
     with torch.no_grad():
         scene = shared.observe(query)
-        reading, preference = shared.read(query, scene, answer.target_size, side)
+        reading, preference = shared.read(query, scene, answer.target_size, answer.canvas)
         for shift in (0, 4):
             target = torch.where(answer.mask, (answer.target + shift) % 10, PAD)
             results.append(
@@ -655,7 +655,7 @@ def test_backward_planner_runs_only_where_something_weighs_it(values, needed):
     query, answer = make_batch()
     with torch.no_grad():
         scene = system.observe(query)
-        reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1])
+        reading, _ = system.read(query, scene, answer.target_size, answer.canvas)
         both = system.plan_both_ways(query, scene, reading, scene.embedding, answer.target, answer.target_size)
     assert (both.backward is not None) == needed
 
@@ -664,7 +664,7 @@ def test_prompt_changes_the_plan(shared):
     query, answer = make_batch()
     with torch.no_grad():
         scene = shared.observe(query)
-        reading, _ = shared.read(query, scene, answer.target_size, answer.target.shape[-1])
+        reading, _ = shared.read(query, scene, answer.target_size, answer.canvas)
         own, other = (shared.plan(scene, reading, x).forward for x in (scene.embedding, scene.embedding.roll(1, 0)))
     assert not torch.allclose(own, other, atol=1e-4)
 
@@ -679,21 +679,22 @@ def test_language_parameters_are_named_within_the_system(shared):
 
 
 @pytest.mark.parametrize(
-    "shape, side", [((2, 3, 3), 3), ((1, 3, 3), 6), ((2, 6, 6), 3), ((1, 4, 2), 3), ((1, 1, 1), 30)]
+    "shape, canvas", [((2, 3, 3), 3), ((1, 3, 3), (6, 2)), ((2, 6, 6), (3, 7)), ((1, 4, 2), 3), ((1, 1, 1), (30, 1))]
 )
-def test_on_canvas_cuts_and_pads(shape, side):
+def test_on_canvas_cuts_and_pads(shape, canvas):
     grid = torch.randint(0, 10, shape, generator=torch.Generator().manual_seed(0))
-    found = on_canvas(grid, side)
-    assert found.shape == (shape[0], side, side)
+    found = on_canvas(grid, canvas)
+    height, width = (canvas, canvas) if isinstance(canvas, int) else canvas
+    assert found.shape == (shape[0], height, width)
     for b in range(shape[0]):
-        for r in range(side):
-            for c in range(side):
+        for r in range(height):
+            for c in range(width):
                 inside = r < shape[1] and c < shape[2]
                 assert found[b, r, c] == (grid[b, r, c] if inside else PAD)
 
 
 def test_canvas_for_holds_every_size():
-    assert [canvas_for(torch.tensor([[1, 2], [n, 1]])) for n in (1, 3, 4, 13, 30)] == [3, 3, 6, 15, 30]
+    assert [canvas_for(torch.tensor([[1, 2], [n, 1]])) for n in (1, 4, 30)] == [(1, 2), (4, 2), (30, 2)]
 
 
 def test_system_names_its_parts_once():
@@ -718,7 +719,7 @@ def score(system, samples=4, seed=0, trained=None, reach=1.0):
     query, answer = make_batch()
     with torch.no_grad():
         scene = system.observe(query)
-        reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1], answer.shapes)
+        reading, _ = system.read(query, scene, answer.target_size, answer.canvas, answer.shapes)
         proposal = system.policy.propose(scene.prompt, scene.features, samples, torch.Generator().manual_seed(seed))
         proposal = dataclasses.replace(proposal, action=reach * proposal.action)
         refined = system.policy.refine(scene.embedding, proposal, 0) if trained is None else scene.embedding + trained
@@ -734,7 +735,7 @@ def test_reward_of_the_trained_refinement_is_the_change_of_its_potential():
         system.memory_reader.delta_gate.fill_(50.0)  # so that what the memory adds changes the plan too
     (terms, reward, gain, _), (query, answer, scene, _, trajectory) = score(system)
     with torch.no_grad():
-        reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1])
+        reading, _ = system.read(query, scene, answer.target_size, answer.canvas)
         before = system.plan(scene, reading, scene.embedding)
         without = system.plan(scene, reading, scene.prompt.embedding)
     rated = [arc_system.rate(system, query, answer, t.decode(), scene.embedding, None).total
@@ -770,7 +771,7 @@ def test_agreement_is_that_of_the_backward_plans_last_belief_inside_the_input():
 def test_move_that_is_remembered_is_the_best_of_the_refinements_or_none():
     system = make_system(noise=0.1, policy__action_scale=3.0)
     judged, (query, answer, scene, _, _) = score(system, samples=16)
-    reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1])
+    reading, _ = system.read(query, scene, answer.target_size, answer.canvas)
     proposal = system.policy.propose(scene.prompt, scene.features, 16, torch.Generator().manual_seed(0))
     best, moves = torch.zeros(3), torch.zeros_like(scene.embedding)
     with torch.no_grad():

@@ -64,7 +64,7 @@ def propose(lab: Lab, samples: int) -> tuple:
     query, answer = lab.batch(0)
     with torch.no_grad():
         scene = lab.system.observe(query)
-        reading, _ = lab.system.read(query, scene, answer.target_size, answer.target.shape[-1])
+        reading, _ = lab.system.read(query, scene, answer.target_size, answer.canvas)
     generator = torch.Generator().manual_seed(5)
     proposal = lab.system.policy.propose(scene.prompt, scene.features, samples, generator)
     return query, answer, scene, reading, proposal
