@@ -21,6 +21,7 @@ from arc_data import PAD, Answer, Query, canvas_shape
 from config import ConfigError, TrainConfig
 from grid_accuracy_loss import ARCPromptGuidedAgent, Reading, Trajectory, cell_nats, with_backward
 from loss_function import EFELoss
+from muon import Muon
 from policy_refined import PolicyRefinedAgent, PolicyTerms, Proposal
 from prior_cache import PriorCache
 from qwen_hybrid_prompt import Prompt, QwenHybridPrompt
@@ -430,7 +431,7 @@ def build_optimizers(system: ARCSystem) -> Optimizers:
         {"params": llm, "lr": llm_lr, "weight_decay": config.weight_decay},
     ]
     main: dict[str, torch.optim.Optimizer] = {
-        "muon": torch.optim.Muon(
+        "muon": Muon(
             muon, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         ),
         "adamw": torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95)),
