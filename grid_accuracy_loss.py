@@ -391,7 +391,10 @@ class DemonstrationRead(nn.Module):
         k = torch.cat((k, null), 2)
         v = F.pad(values, (0, 0, 0, 1))[:, None].expand(-1, self.heads, -1, -1)
         allowed = F.pad(valid, (0, 1), value=True)[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=1.0)
+        if q.device.type == "cpu":  # its fused kernel, which keeps no [n, K] matrix, asks for one width of all three
+            width = max(self.head_dim, values.shape[-1])
+            q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=1.0)[..., : values.shape[-1]]
 
     def forward(
         self, q: Tensor, k: Tensor, values: Tensor, valid: Tensor, views: Tensor, match: Tensor
