@@ -117,6 +117,16 @@ def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
+def to_host(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors on the host, bit for bit and without graphs, after a single copy from their device."""
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())  # so each starts at a whole element
+    raw = [tensors[i].detach().contiguous().view(-1).view(torch.uint8) for i in order]
+    found: dict[int, Tensor] = {}
+    for i, part in zip(order, torch.cat(raw).cpu().split([len(x) for x in raw]), strict=True):
+        found[i] = part.view(tensors[i].dtype).view(tensors[i].shape)
+    return [found[i] for i in range(len(tensors))]
+
+
 # The system ----------------------------------------------------------------------------------------------------------
 
 

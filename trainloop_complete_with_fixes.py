@@ -26,6 +26,7 @@ if __name__ == "__main__":  # --help and every usage error answer before torch i
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import signal
@@ -77,6 +78,7 @@ from arc_system import (
     on_canvas,
     score_refinements,
     set_learning_rate,
+    to_host,
     update_ratio,
 )
 from config import (
@@ -270,20 +272,22 @@ def finish_step(
     language = [p for _, p in system.language_parameters()]
     qwen_norm = gradient_norm(language, runtime.device)
     norm = torch.nn.utils.clip_grad_norm_(owned, system.config.optim.clip)
-    taken = bool(torch.isfinite(norm) & torch.isfinite(result.total))  # the one place where the host waits
-    ratio = None
+    policy_norm = norm if result.policy is None else system.policy.clip()
+    # The one place where the host waits for the gradients.
+    found, *others = torch.stack((norm, result.total.detach().to(norm.dtype), policy_norm)).tolist()
+    taken, ratio = math.isfinite(found) and math.isfinite(others[0]), None
     if taken:
         before = [p.detach().clone() for p in language] if watch_qwen else None
         for optimizer in main:
             optimizer.step()
         if before:
             ratio = update_ratio(before, [p.detach() for p in language])
-        if result.policy is not None:
-            system.policy.step(optimizers.policy, result.policy.averages)
+        if result.policy is not None and math.isfinite(others[1]):
+            system.policy.apply_clipped(optimizers.policy, result.policy.averages)
     if scaler.is_enabled():
         scaler.update(None if taken else scaler.get_scale() * scaler.get_backoff_factor())
     drop_gradients(optimizers)
-    return Update(taken, float(norm), qwen_norm, ratio)
+    return Update(taken, found, qwen_norm, ratio)
 
 
 def drop_gradients(optimizers: Optimizers) -> None:
@@ -321,20 +325,21 @@ def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResu
     best, _ = system.prior.candidates(query, answer.shapes, answer.canvas, count=1)
     prior_score = cell_accuracy(best[:, 0], answer.target)[0] / cells.clamp(min=1)
     move = torch.zeros_like(embedding) if result.move is None else result.move
-    scores = torch.stack((score, prior_score, exact), 1)
-    host = torch.cat((embedding, move, result.scene.features, scores), 1).float().cpu()
-    widths = (embedding.shape[1], embedding.shape[1], result.scene.features.shape[1], 3)
-    prompt, delta, features, scores = host.split(widths, 1)
-    score, prior_score, exact = scores.unbind(1)
+    floats = (x.float() for x in (embedding, move, result.scene.features, score, prior_score))
+    recall, gain = result.scene.recall, result.gain
+    seen = () if recall is None else (recall.index, recall.valid, recall.weights)
+    prompt, delta, features, score, prior_score, exact, *seen = to_host(*floats, exact, *seen,
+                                                                        *(() if gain is None else (gain,)))  # fmt: skip
     tasks, pairs = [c.task_id for c in query.contexts], [c.pair_id for c in query.contexts]
     candidates = Candidates(
         task_ids=tasks, pair_ids=pairs, size_rules=system.prior.size_rules(query), features=features, prompt=prompt,
-        delta=delta, color_map=system.prior.color_maps(query), score=score, prior_score=prior_score, exact=exact > 0,
+        delta=delta, color_map=system.prior.color_maps(query), score=score, prior_score=prior_score, exact=exact,
     )  # fmt: skip
-    if result.scene.recall is not None:
-        system.memory.count_hits(result.scene.recall)
-        if result.gain is not None:
-            system.memory.update_gain(result.scene.recall.index, result.gain, result.scene.recall.weights)
+    if recall is not None:
+        index, valid, weights, *gain = seen
+        system.memory.count_hits(index, valid)
+        if gain:
+            system.memory.update_gain(index, gain[0], weights)
     system.memory.refresh(tasks, pairs, prompt)
     system.memory.reevaluate(tasks, pairs, score)
     return system.memory.admit(candidates, step=step, version=step)
