@@ -602,17 +602,16 @@ def collate(contexts: Sequence[Context], answers: Sequence[Grid] | None = None) 
     row of demo_*.
     """
     assert contexts and all(context.demonstrations for context in contexts), "a context without demonstrations"
-    rows: dict[tuple, int] = {}
+    rows = _demonstration_rows(contexts)
     demo_inputs, demo_outputs, inputs, index = [], [], [], []
     for context in contexts:
         apply, own = context.augmentation.apply, []
         for a, b in context.demonstrations:
-            key = (context.task_id, context.augmentation, id(a), id(b))
-            if key not in rows:
-                rows[key] = len(rows)
+            row = rows[context.task_id, context.augmentation, id(a), id(b)]
+            if row == len(demo_inputs):
                 demo_inputs.append(apply(a))
                 demo_outputs.append(apply(b))
-            own.append(rows[key])
+            own.append(row)
         index.append(own)
         inputs.append(apply(context.input))
     demo_index = np.full((len(contexts), max(map(len, index))), -1, np.int64)
@@ -631,6 +630,32 @@ def collate(contexts: Sequence[Context], answers: Sequence[Grid] | None = None) 
         return query, None
     targets = [context.augmentation.apply(grid) for context, grid in zip(contexts, answers, strict=True)]
     return query, Answer(*map(torch.from_numpy, _canvas(targets)), shapes=tuple(grid.shape for grid in targets))
+
+
+def _demonstration_rows(contexts: Sequence[Context]) -> dict[tuple[str, Augmentation, int, int], int]:
+    """Return the row of demo_* of each demonstration, by task, view and identity of its grids."""
+    rows: dict[tuple[str, Augmentation, int, int], int] = {}
+    for context in contexts:
+        for a, b in context.demonstrations:
+            rows.setdefault((context.task_id, context.augmentation, id(a), id(b)), len(rows))
+    return rows
+
+
+def rows_of_own_input(contexts: Sequence[Context], shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """Return, of a collated batch, the row of demo_* with each query's input and an output of its shape; -1 for none.
+
+    Such a row is the query's own pair, shown to other queries of its task. What follows from the input and the two
+    sizes alone is the same there and need not be computed twice; nothing else of the row is the query's to see.
+    """
+    rows, found = _demonstration_rows(contexts), {}
+    for context in contexts:
+        task, view = context.task_id, context.augmentation
+        for a, b in context.demonstrations:
+            found[task, view, id(a), view.apply_shape(b.shape)] = rows[task, view, id(a), id(b)]
+    return [
+        found.get((context.task_id, context.augmentation, id(context.input), tuple(shape)), -1)
+        for context, shape in zip(contexts, shapes, strict=True)
+    ]
 
 
 # 4. Batches --------------------------------------------------------------------------------------------------------

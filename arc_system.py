@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arc_data import PAD, Answer, Query, canvas_shape
+from arc_data import PAD, Answer, Query, canvas_shape, rows_of_own_input
 from config import ConfigError, TrainConfig
 from grid_accuracy_loss import ARCPromptGuidedAgent, Reading, Trajectory, cell_nats, with_backward
 from loss_function import EFELoss
@@ -213,7 +213,8 @@ class ARCSystem(nn.Module):
         `shapes`: the sizes as plain numbers, if the caller has them.
         """
         preference = self.preference(query, scene, shapes or size, canvas)
-        return self.agent.read(query, size, canvas, preference=preference), preference
+        own = rows_of_own_input(query.contexts, shapes) if shapes else ()
+        return self.agent.read(query, size, canvas, preference=preference, own_rows=own), preference
 
     def plan(self, scene: Scene, reading: Reading, embedding: Tensor) -> Trajectory:
         """Return the forward trajectory under the prompt `embedding` [B, Dp]."""

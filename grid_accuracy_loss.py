@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -544,10 +545,36 @@ class ARCPromptGuidedAgent(nn.Module):
             x = block(x, mask)
         return torch.where(mask[..., None], self.read_norm(x), 0), views
 
-    def demonstration_cells(self, query: Query) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return keys [N, K, D], values [N, K, C+V], valid [N, K] and match [N, V] of the batch's demonstrations."""
-        mask = query.demo_output != PAD
-        x, views = self.embed(query.demo_input, query.demo_input_size, query.demo_output_size, mask)
+    def query_cells(
+        self, query: Query, size: Tensor, mask: Tensor, own_rows: Sequence[int], demos: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return cell features [B, H, W, D] and views [B, V, H, W] of the queries' inputs.
+
+        own_rows: the row of `demos`, features and views of the demonstrations, that is the same, -1 where none is.
+        """
+        rows = [row for row in own_rows if row >= 0]
+        if not rows:
+            return self.embed(query.input, query.input_size, size, mask)
+        more = [side - other for side, other in zip(mask.shape[1:], demos[1].shape[2:], strict=True)]
+        chosen = torch.tensor(rows, device=mask.device)
+        x = F.pad(demos[0].index_select(0, chosen), (0, 0, 0, more[1], 0, more[0]))  # a negative width cuts
+        views = F.pad(demos[1][chosen], (0, more[1], 0, more[0]), value=OUTSIDE)
+        if len(rows) < len(own_rows):
+            known = [b for b, row in enumerate(own_rows) if row >= 0]
+            others = [b for b, row in enumerate(own_rows) if row < 0]
+            pick = torch.tensor(others, device=mask.device)
+            rest = self.embed(query.input[pick], query.input_size[pick], size[pick], mask[pick])
+            place = torch.tensor(known + others, device=mask.device).argsort()
+            x, views = torch.cat((x, rest[0])).index_select(0, place), torch.cat((views, rest[1]))[place]
+        return x, views
+
+    def demonstration_cells(
+        self, query: Query, mask: Tensor, x: Tensor, views: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return keys [N, K, D], values [N, K, C+V], valid [N, K] and match [N, V] of the batch's demonstrations.
+
+        x [N, H, W, D] and views [N, V, H, W] are those of `embed` for their inputs, mask [N, H, W] of their outputs.
+        """
         truth = torch.where(mask, query.demo_output, 0)
         hits = (views == truth[:, None]) & mask[:, None]
         match = hits.sum((2, 3)) / mask.sum((1, 2)).clamp(min=1)[:, None]
@@ -569,19 +596,22 @@ class ARCPromptGuidedAgent(nn.Module):
         return limit.scatter_reduce(0, slots.flatten(), share.flatten(), "amin")[:-1, None]
 
     def read(
-        self, query: Query, size: Tensor, canvas: Canvas, *, preference: Tensor | None = None, direction: int = FORWARD
-    ) -> Reading:
+        self, query: Query, size: Tensor, canvas: Canvas, *, preference: Tensor | None = None,
+        direction: int = FORWARD, own_rows: Sequence[int] = (),
+    ) -> Reading:  # fmt: skip
         """Return what the cells of outputs of size [B, 2] on a canvas (H, W) learn from the demonstrations.
 
         preference [B, H, W, C] are the log-probabilities C (forward only). In the backward direction the canvas is the
-        common frame and also covers the cells of the grid that is looked at.
+        common frame and also covers the cells of the grid that is looked at. own_rows (forward only): as `query_cells`.
         """
         height, width = canvas_shape(canvas)
         mask = size_mask(size, canvas)
         if direction == BACKWARD:
             mask = mask | size_mask(query.input_size, canvas)
-        x, views = self.embed(query.input, query.input_size, size, mask)
-        keys, values, valid, match = self.demonstration_cells(query)
+        shown = query.demo_output != PAD
+        demos = self.embed(query.demo_input, query.demo_input_size, query.demo_output_size, shown)
+        x, views = self.query_cells(query, size, mask, own_rows, demos)
+        keys, values, valid, match = self.demonstration_cells(query, shown, *demos)
         slots = query.demo_index.clamp(min=0)
         known = query.demo_index >= 0
         batch = slots.shape[0]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import arc_system
-from arc_data import PAD, Augmentation, Context, collate
+from arc_data import PAD, Augmentation, Context, TaskSampler, collate, rows_of_own_input
 from arc_system import (
     ARCSystem,
     DeviceError,
@@ -29,7 +29,7 @@ from arc_system import (
     set_learning_rate,
     update_ratio,
 )
-from config import ConfigError, TrainConfig, resolve, with_values
+from config import ConfigError, DataConfig, TrainConfig, resolve, with_values
 from grid_accuracy_loss import cell_nats
 from qwen_hybrid_prompt import ModelError
 from solver2 import Candidates
@@ -826,3 +826,30 @@ def test_reverse_component_counts_the_backward_planners_way_to_the_input():
     with torch.no_grad():
         back = with_reverse.agent.plan_backward(query, trajectory.decode(), answer.target_size, refined)
     torch.testing.assert_close(rated.reverse, arc_system.agreement_with_input(query, back) * rated.accuracy)
+
+
+def test_a_pair_that_others_are_shown_is_embedded_once_and_read_the_same(tasks):
+    """Values and gradients equal those of embedding each query by itself."""
+    system = make_system(agent__attention="off")
+    sampler, kinds = TaskSampler(tasks, DataConfig(batch_size=5), 3, 0), []
+    for k in range(sampler.num_batches(0)):
+        query, answer = sampler.batch(0, k)
+        rows = rows_of_own_input(query.contexts, answer.shapes)
+        kinds.append({row >= 0 for row in rows})
+        for b, row in enumerate(rows):
+            if row >= 0:
+                assert row not in query.demo_index[b]
+                assert torch.equal(query.demo_output_size[row], answer.target_size[b])
+                assert torch.equal(query.demo_input_size[row], query.input_size[b])
+        found = []
+        for own in ((), rows):
+            system.zero_grad()
+            reading = system.agent.read(query, answer.target_size, answer.canvas, own_rows=own)
+            torch.where(reading.mask[..., None], reading.hidden, 0).sin().sum().backward()
+            gradients = [p.grad for p in system.agent.parameters() if p.grad is not None]
+            inside = reading.mask[..., None]
+            cells = [torch.where(inside, x, 0) for x in (reading.hidden, reading.read_logits)]
+            found.append([*cells, *gradients])
+        for one, two in zip(*found, strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
+    assert {True, False} in kinds and {True} in kinds
