@@ -641,21 +641,27 @@ def _demonstration_rows(contexts: Sequence[Context]) -> dict[tuple[str, Augmenta
     return rows
 
 
-def rows_of_own_input(contexts: Sequence[Context], shapes: Sequence[tuple[int, int]]) -> list[int]:
+def rows_of_own_input(
+    contexts: Sequence[Context], shapes: Sequence[tuple[int, int]], within_input: bool = False
+) -> list[int]:
     """Return, of a collated batch, the row of demo_* with each query's input and an output of its shape; -1 for none.
 
     Such a row is the query's own pair, shown to other queries of its task. What follows from the input and the two
     sizes alone is the same there and need not be computed twice; nothing else of the row is the query's to see.
+    within_input: only where the output lies within the input's rectangle.
     """
     rows, found = _demonstration_rows(contexts), {}
     for context in contexts:
         task, view = context.task_id, context.augmentation
         for a, b in context.demonstrations:
             found[task, view, id(a), view.apply_shape(b.shape)] = rows[task, view, id(a), id(b)]
-    return [
-        found.get((context.task_id, context.augmentation, id(context.input), tuple(shape)), -1)
-        for context, shape in zip(contexts, shapes, strict=True)
-    ]
+    own = []
+    for context, (height, width) in zip(contexts, shapes, strict=True):
+        rows_in, cols_in = context.augmentation.apply_shape(context.input.shape)
+        wanted = not within_input or (height <= rows_in and width <= cols_in)
+        key = (context.task_id, context.augmentation, id(context.input), (height, width))
+        own.append(found.get(key, -1) if wanted else -1)
+    return own
 
 
 # 4. Batches --------------------------------------------------------------------------------------------------------

@@ -221,16 +221,19 @@ class ARCSystem(nn.Module):
         return self.agent.plan(reading, embedding, scene.size_logits)
 
     def plan_both_ways(
-        self, query: Query, scene: Scene, reading: Reading, embedding: Tensor, grid: Tensor, size: Tensor
-    ) -> Trajectory:
+        self, query: Query, scene: Scene, reading: Reading, embedding: Tensor, grid: Tensor, size: Tensor,
+        shapes: Sequence[tuple[int, int]] = (),
+    ) -> Trajectory:  # fmt: skip
         """Return the forward trajectory with the backward beliefs that start at `grid` (the target while training).
 
-        Without them where nothing weighs them.
+        Without them where nothing weighs them. `shapes`: the sizes of the grids as plain numbers, if they are the
+        targets; those that are demonstrations of other queries are then embedded once.
         """
         trajectory = self.plan(scene, reading, embedding)
         if not self.plans_backward:
             return trajectory
-        return with_backward(trajectory, self.agent.plan_backward(query, grid, size, embedding))
+        own = rows_of_own_input(query.contexts, shapes, within_input=True) if shapes else ()
+        return with_backward(trajectory, self.agent.plan_backward(query, grid, size, embedding, own))
 
     @property
     def plans_backward(self) -> bool:

@@ -602,7 +602,7 @@ class ARCPromptGuidedAgent(nn.Module):
         """Return what the cells of outputs of size [B, 2] on a canvas (H, W) learn from the demonstrations.
 
         preference [B, H, W, C] are the log-probabilities C (forward only). In the backward direction the canvas is the
-        common frame and also covers the cells of the grid that is looked at. own_rows (forward only): as `query_cells`.
+        common frame and also covers the cells of the grid that is looked at. own_rows: as `query_cells`.
         """
         height, width = canvas_shape(canvas)
         mask = size_mask(size, canvas)
@@ -651,17 +651,21 @@ class ARCPromptGuidedAgent(nn.Module):
             mask=reading.mask,
         )
 
-    def plan_backward(self, query: Query, grid: Tensor, size: Tensor, prompt: Tensor) -> Tensor:
+    def plan_backward(
+        self, query: Query, grid: Tensor, size: Tensor, prompt: Tensor, own_rows: Sequence[int] = ()
+    ) -> Tensor:
         """Return backward beliefs [B, T, F, G, C] from an output grid [B, H, W] towards the input; entry t is b_t.
 
         The frame F x G covers the input and the output canvas. In training the grid is the target (privileged: nothing
         that predicts may consume the result); at test time it is the model's own prediction. The backward planner
         reads with what the forward one has learned and sends it no gradient: trained by both, the cells' features
-        predicted worse (docs/LAB_NOTEBOOK.md).
+        predicted worse (docs/LAB_NOTEBOOK.md). own_rows: of grids that are targets within their input's size, the rows
+        that hold the same pairs (see `query_cells`).
         """
         frame = (max(grid.shape[1], query.input.shape[1]), max(grid.shape[2], query.input.shape[2]))
         with torch.no_grad():
-            reading = self.read(query.reversed(grid, size), query.input_size, frame, direction=BACKWARD)
+            back = query.reversed(grid, size)
+            reading = self.read(back, query.input_size, frame, direction=BACKWARD, own_rows=own_rows)
         return self.backward_planner(reading, prompt)[0].flip(1)
 
     def forward(self, query: Query | Tensor, prompt: Tensor, size: Tensor | None = None, **kwargs) -> Trajectory:

@@ -203,7 +203,7 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
     mean_move = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
     refined = system.policy.refine(scene.embedding, mean_move, 0)
     target, seen = torch.where(answer.mask, answer.target, PAD), on_canvas(query.input, answer.canvas)
-    trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
+    trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size, answer.shapes)
     policy, reward, gain, move = None, None, None, None
     if moment.scores_refinements:
         part = () if moment.part is None else (moment.part,)

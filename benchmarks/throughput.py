@@ -253,8 +253,9 @@ def judged(arms: list[Arm], limits: bool) -> int:
     if limits:
         print(f"limits: {LEAST_REAL:.0%} real cells, " + ", ".join(f"{x}x vs {name}" for name, x in LIMITS.items()))
     found = factors(arms)
-    for name, (_, each) in found.items():
-        print(f"range over rounds vs {name}: {min(each):.1f} to {max(each):.1f}")
+    for arm, (name, (_, each)) in zip(arms[1:], found.items(), strict=True):
+        processor = arm.per_pair()[1] / arms[0].per_pair()[1]
+        print(f"vs {name}, by rounds: {min(each):.1f} to {max(each):.1f}; by the processor's time: {processor:.1f}")
     for name, (factor, _) in found.items():
         print(f"vs {name}: {factor:.1f}x")
         good &= factor >= LIMITS[name]

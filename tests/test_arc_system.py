@@ -30,7 +30,7 @@ from arc_system import (
     update_ratio,
 )
 from config import ConfigError, DataConfig, TrainConfig, resolve, with_values
-from grid_accuracy_loss import cell_nats
+from grid_accuracy_loss import cell_nats, size_mask
 from qwen_hybrid_prompt import ModelError
 from solver2 import Candidates
 
@@ -853,3 +853,24 @@ def test_a_pair_that_others_are_shown_is_embedded_once_and_read_the_same(tasks):
         for one, two in zip(*found, strict=True):
             torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
     assert {True, False} in kinds and {True} in kinds
+
+
+def test_a_target_that_others_are_shown_is_embedded_once_on_the_way_back(tasks):
+    system = make_system(noise=0.1, agent__attention="off")
+    sampler, kinds = TaskSampler(tasks, DataConfig(batch_size=6), 3, 0), []
+    for k in range(sampler.num_batches(0)):
+        query, answer = sampler.batch(0, k)
+        rows = rows_of_own_input(query.contexts, answer.shapes, within_input=True)
+        kinds += [row >= 0 for row in rows]
+        inside = (answer.target_size <= query.input_size).all(1).tolist()
+        assert all(fits or row < 0 for row, fits in zip(rows, inside, strict=True))
+        with torch.no_grad():
+            prompt = torch.randn(len(query), 16, generator=torch.Generator().manual_seed(0))
+            target = torch.where(answer.mask, answer.target, PAD)
+            one = system.agent.plan_backward(query, target, answer.target_size, prompt)
+            two = system.agent.plan_backward(query, target, answer.target_size, prompt, rows)
+        height, width = one.shape[2:4]
+        covered = size_mask(query.input_size, (height, width)) | size_mask(answer.target_size, (height, width))
+        covered = covered[:, None, :, :, None]
+        torch.testing.assert_close(torch.where(covered, two, 0), torch.where(covered, one, 0), rtol=1e-4, atol=1e-4)
+    assert {True, False} == set(kinds)

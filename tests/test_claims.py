@@ -128,8 +128,8 @@ def cell_gradients(lab: Lab, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mean_ratios(lab: Lab) -> Tensor:
-    """Return mean_ratio of the samples of the first batches; the prior leaves few with wrong cells."""
-    ratios = torch.cat([mean_ratio(*cell_gradients(lab, k)) for k in range(3)])
+    """Return mean_ratio of the samples of an epoch; the prior leaves few with wrong cells."""
+    ratios = torch.cat([mean_ratio(*cell_gradients(lab, k)) for k in range(lab.sampler.num_batches(0))])
     assert len(ratios) >= 5
     return ratios
 
@@ -408,8 +408,8 @@ def fill_memory(lab: Lab, batches: Sequence[int]) -> None:
     for k in batches:
         query, answer = lab.batch(k)
         result = driver.train_step(lab.system, query, answer, driver.Moment(k, 0.0, True))
-        lab.system.prior.candidates = lambda query, sizes, side, count: (
-            torch.full((len(query), count, side, side), PAD), torch.zeros(len(query), count))  # fmt: skip
+        lab.system.prior.candidates = lambda query, sizes, canvas, count: (
+            torch.full((len(query), count, *canvas), PAD), torch.zeros(len(query), count))  # fmt: skip
         driver.learn_from(lab.system, query, answer, result, k)
         lab.system.prior.candidates = candidates
 
@@ -461,7 +461,7 @@ def test_system_trains_without_the_prior(make_lab):
     lab.system.eval()
     query, _ = lab.batch(0)
     planned = evaluate.predict(lab.system, query, lab.runtime)
-    lab.system.prior.preferences = lambda query, sizes, side: torch.full((len(query), side, side, 10), -2.3)
+    lab.system.prior.preferences = lambda query, sizes, canvas: torch.full((len(query), *canvas, 10), -2.3)
     assert torch.equal(evaluate.predict(lab.system, query, lab.runtime).grid, planned.grid)
 
 
