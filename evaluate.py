@@ -22,7 +22,6 @@ from arc_data import (
     Context,
     Grid,
     Query,
-    canvas_side,
     collate,
     evaluation_batches,
     leave_one_out,
@@ -113,9 +112,10 @@ def predict(system: ARCSystem, query: Query, runtime: Runtime) -> Prediction:
         before = system.plan(made.scene, made.reading, made.scene.embedding)
     halted = after.halt_logits > 0
     steps = torch.where(halted.any(1), halted.int().argmax(1) + 1, after.halt_logits.shape[1])
-    side = max(made.reading.mask.shape[-1], canvas_side(max(max(shape) for shape in made.shapes)))
-    planned, unrefined = on_canvas(after.decode(), side), on_canvas(before.decode(), side)
-    candidates, _ = system.prior.candidates(query, made.shapes, side, count=2)
+    heights, widths = zip(made.reading.mask.shape[1:], *made.shapes, strict=True)
+    canvas = (max(heights), max(widths))
+    planned, unrefined = on_canvas(after.decode(), canvas), on_canvas(before.decode(), canvas)
+    candidates, _ = system.prior.candidates(query, made.shapes, canvas, count=2)
     at_once = made.confident & has_cells(candidates[:, 0])
     first, second = two_attempts(planned, candidates, at_once)
     unrefined = torch.where(at_once[:, None, None], first, unrefined)
@@ -229,7 +229,7 @@ class Demonstrations:
             query, answer = collate([items[i][0] for i in batch], [items[i][1] for i in batch])
             query, answer = query.to(system.device), answer.to(system.device)
             scene = system.observe(query)
-            reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1], answer.shapes)
+            reading, _ = system.read(query, scene, answer.target_size, answer.canvas, answer.shapes)
             self.parts.append((scene.embedding, reading, answer.target, self.owners[batch]))
 
     def nats(self, moves: Tensor) -> Tensor:
@@ -482,8 +482,7 @@ def look_at_true_size(
     """Add cells, nats and the prompt gap with the true output size given; none of it is a prediction."""
     scene, refined = prediction.scene, prediction.embedding
     with runtime.autocast():
-        side = answer.target.shape[-1]
-        reading, _ = system.read(query, scene, answer.target_size, side, answer.shapes)
+        reading, _ = system.read(query, scene, answer.target_size, answer.canvas, answer.shapes)
         own, plain = system.plan(scene, reading, refined), system.plan(scene, reading, scene.embedding)
         shuffled = system.plan(scene, reading, refined.roll(len(query) // 2, 0)) if len(query) > 1 else None
     right, cells = cell_accuracy(own.decode(), answer.target)
@@ -491,7 +490,7 @@ def look_at_true_size(
     nats = cell_nats(own.final(), answer.target)
     tally.add("nats", nats)
     tally.add("unrefined_nats", cell_nats(plain.final(), answer.target))
-    prior = system.prior.preferences(query, answer.shapes, side).to(runtime.device)
+    prior = system.prior.preferences(query, answer.shapes, answer.canvas).to(runtime.device)
     tally.add("prior_nats", cell_nats(prior, answer.target))
     if shuffled is not None:
         tally.add("paired_nats", nats)

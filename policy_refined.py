@@ -248,19 +248,27 @@ class PolicyRefinedAgent(nn.Module):
 
     def step(self, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]) -> Tensor:
         """Return the gradient norm, as `update`, after one step on the gradients that are there; they are used up."""
+        norm = self.clip()
+        if torch.isfinite(norm):
+            self.apply_clipped(optimizer, averages)
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def clip(self) -> Tensor:
+        """Return the gradient norm (scalar, before clipping) and clip the gradients, without waiting for the device."""
         curious = list(self.augmentor.curiosity.parameters())
         ours = {id(parameter) for parameter in curious}
         acting = [parameter for parameter in self.policy_parameters() if id(parameter) not in ours]
         norms = [nn.utils.clip_grad_norm_(group, GRADIENT_CLIP) for group in (acting, curious)]
-        norm = torch.stack(norms).square().sum().sqrt()
-        if torch.isfinite(norm):
-            optimizer.step()
-            self.augmentor.project_()
-            self.advantage_scale.commit_(averages["advantage_scale"])
-            if "surprise" in averages:
-                self.augmentor.curiosity.surprise.commit_(averages["surprise"])
-        optimizer.zero_grad(set_to_none=True)
-        return norm
+        return torch.stack(norms).square().sum().sqrt()
+
+    def apply_clipped(self, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]) -> None:
+        """Take one step on clipped gradients of finite norm, and take over the running averages."""
+        optimizer.step()
+        self.augmentor.project_()
+        self.advantage_scale.commit_(averages["advantage_scale"])
+        if "surprise" in averages:
+            self.augmentor.curiosity.surprise.commit_(averages["surprise"])
 
 
 def _tied_groups(rewards_GB: Tensor) -> Tensor:

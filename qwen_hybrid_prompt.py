@@ -758,10 +758,28 @@ class QwenHybridPrompt(nn.Module):
         mask_KL = torch.arange(longest, device=device) < length_K[:, None]
         frozen = not self.language_parameters()
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            hidden_KLD = self.language_model(input_ids=ids_KL, attention_mask=mask_KL.long()).last_hidden_state.float()
+            seen = self._attention_mask(mask_KL)
+            hidden_KLD = self.language_model(input_ids=ids_KL, attention_mask=seen).last_hidden_state.float()
         sum_KD = torch.where(mask_KL[:, :, None], hidden_KLD, 0.0).sum(1)
         mean_KD = sum_KD / length_K[:, None]
         return mean_KD[torch.tensor([row_of[text] for text in texts], device=device)]
+
+    def _attention_mask(self, mask_KL: Tensor) -> Tensor:
+        """Return what tells the language model where its tokens may look, from where they are.
+
+        Padding is on the right, where no token of a causal model looks, so its mask is the same for all texts. Other
+        masks make transformers read them on the host, for which the device would have to wait.
+        """
+        if not self._is_causal:
+            return mask_KL.long()
+        length = mask_KL.shape[1]
+        return torch.ones(length, length, dtype=torch.bool, device=mask_KL.device).tril()[None, None]
+
+    @functools.cached_property
+    def _is_causal(self) -> bool:
+        """Return True when every attention of the language model looks back only, and takes a boolean mask."""
+        flags = [m.is_causal for m in self.language_model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+        return self.language_model.config._attn_implementation == "sdpa" and bool(flags) and all(flags)
 
     def _tokenize(self, texts: list[str]) -> list[tuple[int, ...]]:
         """Return the token ids of each text, cut at max_tokens; texts seen lately are only looked up."""

@@ -209,12 +209,12 @@ class MemoryBuffer:
         ids = zip(self._live("task").tolist(), self._live("pair").tolist(), strict=True)
         return [(names["task"][task], names["pair"][pair]) for task, pair in ids]
 
-    def count_hits(self, recall: Recall) -> None:
-        """Add the recalled entries to the hit counts and to the hit rate; copies the index to the host."""
-        rows, found = self._locate(recall.index)
+    def count_hits(self, index: Tensor, valid: Tensor) -> None:
+        """Add recalled entries to the hit counts and to the hit rate: index and valid [B, K] of a Recall."""
+        rows, found = self._locate(index)
         self._live("hits").index_add_(0, rows[found], torch.ones_like(rows[found]))
-        self._counters["queries"] += recall.valid.shape[0]
-        self._counters["answered"] += int(recall.valid.any(1).sum())
+        self._counters["queries"] += valid.shape[0]
+        self._counters["answered"] += int(valid.any(1).sum())
 
     def update_gain(self, index: Tensor, gain: Tensor, weights: Tensor) -> None:
         """Move the entries' gain towards `gain` [B] = score with memory - score without, at a rate of .1 x attention.

@@ -37,6 +37,7 @@ if __name__ == "__main__":  # --help, doctor, usage errors and missing packages 
 
 import contextlib
 import dataclasses
+import math
 import shutil
 import signal
 import time
@@ -88,6 +89,7 @@ from arc_system import (
     on_canvas,
     score_refinements,
     set_learning_rate,
+    to_host,
     update_ratio,
 )
 from config import (
@@ -219,12 +221,11 @@ class StepResult(StepNumbers):
 def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) -> StepResult:
     """Return the loss of one batch, and the policy's, without changing anything."""
     scene = system.observe(query)  # rule text -> Qwen -> prompt, and the memories it recalls
-    side = answer.target.shape[-1]
-    reading, preference = system.read(query, scene, answer.target_size, side, answer.shapes)  # size given
+    reading, preference = system.read(query, scene, answer.target_size, answer.canvas, answer.shapes)  # size given
     mean_move = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
     refined = system.policy.refine(scene.embedding, mean_move, 0)
-    target = torch.where(answer.mask, answer.target, PAD)
-    trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
+    target, seen = torch.where(answer.mask, answer.target, PAD), on_canvas(query.input, answer.canvas)
+    trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size, answer.shapes)
     policy, reward, gain, move = None, None, None, None
     if moment.scores_refinements:
         part = () if moment.part is None else (moment.part,)
@@ -239,7 +240,7 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
         query,
         answer,
         preference=preference,
-        desirability=system.z_table.lookup(query.task_slot, on_canvas(query.input, side), query.color_permutation),
+        desirability=system.z_table.lookup(query.task_slot, seen, query.color_permutation),
         prompt=scene.prompt.embedding,
         reward=reward,
         progress=moment.progress,
@@ -296,20 +297,22 @@ def finish_step(
     language = [p for _, p in system.language_parameters()]
     qwen_norm = gradient_norm(language, runtime.device)
     norm = torch.nn.utils.clip_grad_norm_(owned, system.config.optim.clip)
-    taken = bool(torch.isfinite(norm) & torch.isfinite(result.total))  # the one place where the host waits
-    ratio = None
+    policy_norm = norm if result.policy is None else system.policy.clip()
+    # The one place where the host waits for the gradients.
+    found, *others = torch.stack((norm, result.total.detach().to(norm.dtype), policy_norm)).tolist()
+    taken, ratio = math.isfinite(found) and math.isfinite(others[0]), None
     if taken:
         before = [p.detach().clone() for p in language] if watch_qwen else None
         for optimizer in main:
             optimizer.step()
         if before:
             ratio = update_ratio(before, [p.detach() for p in language])
-        if result.policy is not None:
-            system.policy.step(optimizers.policy, result.policy.averages)
+        if result.policy is not None and math.isfinite(others[1]):
+            system.policy.apply_clipped(optimizers.policy, result.policy.averages)
     if scaler.is_enabled():
         scaler.update(None if taken else scaler.get_scale() * scaler.get_backoff_factor())
     drop_gradients(optimizers)
-    return Update(taken, float(norm), qwen_norm, ratio)
+    return Update(taken, found, qwen_norm, ratio)
 
 
 def drop_gradients(optimizers: Optimizers) -> None:
@@ -339,32 +342,33 @@ def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResu
     score = torch.where((sizes == answer.target_size).all(1), right / cells.clamp(min=1), 0.0)
     exact = exact_match(prediction, sizes, answer.target, answer.target_size)
     visits = system.z_table.visits(
-        on_canvas(query.input, prediction.shape[-1]), prediction, answer.target, answer.mask, query.color_permutation
+        on_canvas(query.input, answer.canvas), prediction, answer.target, answer.mask, query.color_permutation
     )
     slot, visits, embedding = share.rows(query.task_slot, visits, result.scene.prompt.embedding)
     system.z_table.learn(slot, visits)
     system.efe_loss.remember(embedding, slot)
     if not system.config.memory.use_memory:
         return 0
-    best, _ = system.prior.candidates(query, answer.shapes, answer.target.shape[-1], count=1)
+    best, _ = system.prior.candidates(query, answer.shapes, answer.canvas, count=1)
     prior_score = cell_accuracy(best[:, 0], answer.target)[0] / cells.clamp(min=1)
     move = torch.zeros_like(result.refined) if result.move is None else result.move
-    move, features, scores = share.rows(move, result.scene.features, torch.stack((score, prior_score, exact), 1))
-    host = torch.cat((embedding, move, features, scores), 1).float().cpu()
-    prompt, delta, features, scores = host.split((embedding.shape[1], move.shape[1], features.shape[1], 3), 1)
-    score, prior_score, exact = scores.unbind(1)
+    recall, gain = result.scene.recall, result.gain
+    seen = () if recall is None else (recall.index, recall.valid, recall.weights)
+    seen = (*seen, *(() if gain is None else (gain,)))
+    move, features, *rest = share.rows(move, result.scene.features, score, prior_score, exact, *seen)
+    floats = (x.float() for x in (embedding, move, features, *rest[:2]))
+    prompt, delta, features, score, prior_score, exact, *seen = to_host(*floats, *rest[2:])
     contexts = query.contexts if share.is_whole else share.contexts
     tasks, pairs = [c.task_id for c in contexts], [c.pair_id for c in contexts]
     candidates = Candidates(
         task_ids=tasks, pair_ids=pairs, size_rules=system.prior.size_rules(contexts), features=features, prompt=prompt,
-        delta=delta, color_map=system.prior.color_maps(contexts), score=score, prior_score=prior_score, exact=exact > 0,
+        delta=delta, color_map=system.prior.color_maps(contexts), score=score, prior_score=prior_score, exact=exact,
     )  # fmt: skip
-    if result.scene.recall is not None:
-        recall = result.scene.recall
-        index, weights, valid = share.rows(recall.index, recall.weights, recall.valid)
-        system.memory.count_hits(dataclasses.replace(recall, index=index, weights=weights, valid=valid))
-        if result.gain is not None:
-            system.memory.update_gain(index, *share.rows(result.gain), weights)
+    if recall is not None:
+        index, valid, weights, *gain = seen
+        system.memory.count_hits(index, valid)
+        if gain:
+            system.memory.update_gain(index, gain[0], weights)
     system.memory.refresh(tasks, pairs, prompt)
     system.memory.reevaluate(tasks, pairs, score)
     return system.memory.admit(candidates, step=step, version=step)

@@ -716,3 +716,18 @@ def test_weights_that_are_not_finite_are_not_saved(build):
     assert said == [f"warning: checkpoint of step 0 not saved ({fault}); training goes on"]
     assert list_checkpoints(RUN) == [] and run.saver.saved_step == -1
     run.close()
+
+
+def test_policy_does_not_step_on_a_nonfinite_gradient(build):
+    run = build()
+    run.system.train()
+    policy = run.system.policy
+    kept = [p.detach().clone() for p in (*policy.policy_parameters(), policy.advantage_scale.averages)]
+    hook = policy.augmentor.log_std.register_hook(lambda gradient: gradient * float("nan"))
+    step = driver.take_step(run, 0, 0, driver.Moment(0, 0.0, True), watch_qwen=False)
+    assert step.update.taken and step.numbers.policy is not None
+    now = (*policy.policy_parameters(), policy.advantage_scale.averages)
+    assert all(torch.equal(one, two) for one, two in zip(kept, now, strict=True))
+    hook.remove()
+    driver.take_step(run, 0, 1, driver.Moment(1, 0.0, True), watch_qwen=False)
+    assert not torch.equal(policy.advantage_scale.averages, kept[-1])

@@ -37,6 +37,7 @@ LAYERS = {
     "solver2": 1,
     "model_persistence": 1,
     "memory_ladder": 1,
+    "muon": 1,
     "run_backup": 1,
     "report": 1,
     "health": 1,
