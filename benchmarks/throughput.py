@@ -139,9 +139,9 @@ def step_once(run: driver.Run, number: int, k: int) -> int:
     state, every = run.state, run.config.policy.rl_every
     moment = driver.Moment(state.step, k / run.batches(0), bool(every) and state.step % every == 0)
     step = driver.take_step(run, 0, number, moment, watch_qwen=False)
-    driver.count_step(run, step.query, step.answer, step.numbers, step.update, step.admitted)
+    driver.count_step(run, step)
     state.step += 1
-    return len(step.query)
+    return len(step.contexts)
 
 
 def wait(device: torch.device) -> None:

@@ -266,8 +266,8 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(team, monkey
 
 
 def test_validation_of_several_processes_has_the_bits_of_one(team):
-    alone, everywhere = team(3, "--batch-cells", 150, "--batch-size", 0)
-    assert len(driver.evaluation_batches(alone.items, 300)) == 4  # the first process has two of them
+    alone, everywhere = team(3, "--batch-cells", 110, "--batch-size", 0)
+    assert len(driver.evaluation_batches(alone.items, 220)) == 4  # the first process has two of them
     expected = driver.run_validation(alone)
     for scores in everywhere(driver.run_validation):
         del scores["seconds"]

@@ -89,7 +89,7 @@ def steps(run, count: int, scores: bool):
         moment = driver.Moment(run.state.step, 0.0, scores)
         step = driver.take_step(run, 0, k, moment, watch_qwen=False)
         assert step.update.taken
-        driver.count_step(run, step.query, step.answer, step.numbers, step.update, step.admitted)
+        driver.count_step(run, step)
         run.state.step += 1
 
 
