@@ -42,7 +42,9 @@ try:
 except ImportError:  # Windows: only the heartbeat protects a run
     fcntl = None
 
-FORMAT = 4  # 2: the loop state holds health flags; 3: the backward planner has own weights; 4: segments, rollbacks
+# 2: the loop state holds health flags; 3: the backward planner has own weights; 4: segments, rollbacks; 5: other batches,
+# processes
+FORMAT = 5
 CHECKPOINTS, BEST_DELTA, LOCK = "checkpoints", "best_delta.pt", ".lock"
 STEP_NAME = re.compile(r"step_(\d{9,})\.pt")
 TEMPORARY_NAME = re.compile(r"\.tmp-(\d+)-.*")
