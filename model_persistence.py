@@ -42,8 +42,7 @@ try:
 except ImportError:  # Windows: only the heartbeat protects a run
     fcntl = None
 
-# 2: the loop state holds health flags; 3: the backward planner has own weights; 4: segments, rollbacks; 5: other batches,
-# processes
+# 2: health flags in the loop state; 3: the backward planner has own weights; 4: segments, rollbacks; 5: other batches
 FORMAT = 5
 CHECKPOINTS, BEST_DELTA, LOCK = "checkpoints", "best_delta.pt", ".lock"
 STEP_NAME = re.compile(r"step_(\d{9,})\.pt")
