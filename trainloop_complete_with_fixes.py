@@ -100,6 +100,7 @@ from config import (
     with_values,
 )
 from evaluate import baselines, validate
+from gallery import Gallery
 from grid_accuracy_loss import Trajectory, cell_accuracy, exact_match, parameter_count
 from health import Change, Health
 from loss_function import EFETerms
@@ -831,13 +832,15 @@ def run_validation(run: Run) -> dict[str, float]:
     if run.baselines is None:
         run.baselines = baselines(run.items, run.system.prior)
     bar = run.console.progress(len(run.items), "Validation", leave=False, unit="pair")
+    gallery = Gallery(run.items, run.system.memory, run.sampler.tasks)
     with run.average.swapped():
-        scores = validate_within_memory(run, bar)
+        scores = validate_within_memory(run, bar, gallery)
     bar.close()
+    run.note("predictions", lambda: gallery.write(run.folder.path, run.state.epoch, run.state.step))
     return {**scores, "seconds": time.monotonic() - began}
 
 
-def validate_within_memory(run: Run, bar: Any) -> dict[str, float]:
+def validate_within_memory(run: Run, bar: Any, gallery: Gallery) -> dict[str, float]:
     """Return the scores of the weights as they are; while the memory does not suffice, begin anew with half the cells.
 
     Raises: OutOfMemory when batches of one pair do not fit.
@@ -846,7 +849,7 @@ def validate_within_memory(run: Run, bar: Any) -> dict[str, float]:
         rung = run.state.rung
         cells = max(run.config.data.batch_cells * 2 // rung.validation_parts, 1)
         try:
-            return validate(run.system, run.runtime, run.items, cells, bar.update)
+            return validate(run.system, run.runtime, run.items, cells, bar.update, gallery)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

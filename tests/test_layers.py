@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "config": 0,
     "archive_check": 0,
+    "intervals": 0,
     "terminal": 0,
     "arc_data": 0,
     "grid_hypotheses": 0,
@@ -45,6 +46,7 @@ LAYERS = {
     "scoring": 2,
     "arc_system": 3,
     "evaluate": 4,
+    "gallery": 4,
     "task_training": 4,
     "voting": 4,
     "answering": 4,
@@ -66,6 +68,7 @@ WITHIN_LAYER = {
     ("qwen_hybrid_prompt", "demo_prior"),
     ("solver2", "demo_prior"),
     ("run_backup", "model_persistence"),
+    ("gallery", "evaluate"),
     ("voting", "evaluate"),
     ("answering", "voting"),
     ("answering", "task_training"),
