@@ -1,6 +1,7 @@
 """Parts of an HTML page that needs nothing else: escaped text, grids as tiny PNG images, curves as inline SVG.
 
-Pure functions that return text. Imports the standard library and terminal (the palette). Used by report_page.
+Pure functions that return text. Imports the standard library, terminal (the palette) and page_style. Used by all that
+makes pages.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import html
+import json
 import math
 import struct
 import zlib
@@ -15,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from page_style import CSS, SCRIPT
 from terminal import RGB
 
 Color = tuple[int, int, int, int]  # red, green, blue, opacity
@@ -25,12 +28,50 @@ MARKS: dict[str, Color] = {
     "r": (128, 128, 128, 60), "w": (255, 65, 54, 255), "f": (0, 116, 217, 255), "b": (255, 133, 27, 255),
     "s": (177, 13, 201, 255),
 }  # fmt: skip
+SIGNS = {"r": "", "w": "\u00d7", "f": "+", "b": "\u2212", "s": "\u25cb"}  # drawn on it, so that colour is not all
+MINUS, DASH = "\u2212", "\u2013"
 SIDE = 132  # pixels that the longer side of a grid is given, about
 
 
 def esc(value: Any) -> str:
     """Return text that means nothing to HTML, quotes included."""
     return html.escape(str(value), quote=True)
+
+
+# Numbers in words --------------------------------------------------------------------------------------------------
+
+
+def numeric(value: Any) -> float | None:
+    """Return a value as a number; None where it is none, or not finite."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else None
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """Return a value if it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """Return a share in percent."""
+    return DASH if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """Return a number with its sign."""
+    if value is None:
+        return DASH
+    return f"{value:+z.{digits}f}".replace("-", MINUS)
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    """Return a number with so many decimals."""
+    return DASH if value is None else f"{value:.{digits}f}".replace("-", MINUS)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 task", "2 tasks"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 # Grids ---------------------------------------------------------------------------------------------------------------
@@ -289,3 +330,23 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "", ca
     named = f' class="{kind}"' if kind else ""
     scroll = '<div class="scroll" tabindex="0" role="region" aria-label="table">'
     return f"{scroll}<table{named}>{said}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def whole_page(title: str, sections: Iterable[str], data: Mapping[str, Any]) -> str:
+    """Return a whole page; `data` is what the script needs beside what it always needs."""
+    colors = {"palette": [PALETTE[str(digit)][:3] for digit in range(10)], "marks": [MARKS[name][:3] for name in SIGNS]}
+    text = json.dumps({"side": SIDE, "signs": list(SIGNS.values()), **colors, **data}, separators=(",", ":"))
+    for char in "<>&":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{esc(title)}</title>\n<style>{CSS}</style></head>\n"
+        f'<body class="no-js">\n{"".join(part for part in sections if part)}'
+        f'<script type="application/json" id="data">{text}</script>\n<script>{SCRIPT}</script>\n</body></html>\n'
+    )

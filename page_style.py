@@ -29,7 +29,8 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 caption { text-align: left; padding-bottom: 4px; }
 th, td { padding: 3px 10px 3px 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
   white-space: nowrap; }
-th:first-child, td.t { text-align: left; } tbody th { font-weight: 400; } thead th { border-bottom-width: 2px; }
+th:first-child, td.t, .words :last-child { text-align: left; }
+tbody th { font-weight: 400; } thead th { border-bottom-width: 2px; }
 .sort thead th { cursor: pointer; } .sort th[aria-sort=ascending]::after { content: " \\2191"; }
 .sort th[aria-sort=descending]::after { content: " \\2193"; }
 .tall { max-height: 460px; overflow-y: auto; } .tall thead th { position: sticky; top: 0; background: var(--back); }
@@ -41,8 +42,9 @@ svg .second { stroke: var(--text); } svg .axis { stroke: var(--line); }
 svg .level { stroke: var(--dim); stroke-dasharray: 3 3; } svg .mark { stroke: var(--warn); stroke-dasharray: 1 3; }
 svg .band { fill: var(--accent); opacity: .18; }
 .grids { display: flex; flex-wrap: wrap; gap: 10px 14px; align-items: flex-start; margin: 6px 0; }
-figure { margin: 0; max-width: 100%; } figcaption { font-size: .75rem; line-height: 1.3; max-width: 150px; }
-.l { position: relative; display: inline-block; vertical-align: top; border: 1px solid #555; line-height: 0; }
+figure { margin: 0; max-width: 100%; } figcaption { font-size: .75rem; line-height: 1.3; max-width: 140px; }
+.l { position: relative; display: inline-block; vertical-align: top; border: 1px solid #555; line-height: 0;
+  background: #f4f4f0; }
 .l img, .l canvas { image-rendering: pixelated; display: block; }
 .l canvas { position: absolute; inset: 0; width: 100%; height: 100%; z-index: 1; image-rendering: auto; }
 .l::after { content: ""; position: absolute; inset: 0; pointer-events: none;
@@ -93,9 +95,9 @@ function overlay(img) {
   to.textAlign = "center"; to.textBaseline = "middle";
   for (let y = 0; y < h; y++) for (let x = 0; x < w; x++) {
     const [r, g, b, a] = pixels.slice(4 * (y * w + x), 4 * (y * w + x) + 4);
-    const i = near(marks ? data.marks : data.palette, r, g, b), light = (r * 3 + g * 6 + b) / 10 * a / 255;
+    const i = near(marks ? data.marks : data.palette, r, g, b);
+    const light = ((r * 3 + g * 6 + b) / 10 * a + 240 * (255 - a)) / 255;
     to.fillStyle = marks || light > 120 ? "#000" : "#fff";
-    if (a < 200 && !marks) to.fillStyle = getComputedStyle(document.body).color;
     to.fillText(marks ? data.signs[i] : i, (x + .5) * c * scale, (y + .54) * c * scale);
   }
   box.append(shown);

@@ -1,58 +1,51 @@
 """Write report.html: what a run has learned, in one file that needs no network, and how two runs differ.
 
 Made from the files of the run folder alone, so that a dead run can be reported on; what is missing is said on the page.
-Imports config, report, intervals and the page's parts, no torch. Used by the driver and by verbs.
+Imports config, report, intervals and the other modules of the page, no torch. Used by the driver and by verbs.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import shlex
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from config import PROGRAM, VERSION, ConfigError, TrainConfig, changed_flags, from_dict
-from intervals import bootstrap_interval, wilson_interval
+from config import PROGRAM, VERSION, changed_flags
+from intervals import wilson_interval
+from page_facts import Facts, Score, mean_over_tasks, share, solved_tasks
+from page_outputs import (
+    section_breakdowns,
+    section_gallery,
+    section_memory,
+    section_refinement,
+    section_sample,
+    section_table,
+)
 from page_parts import (
-    MARKS,
-    PALETTE,
-    SIDE,
+    DASH,
     Curve,
     Line,
-    belief_png,
+    as_dict,
+    counted,
     curve_svg,
-    error_map,
     esc,
-    grid_image,
-    grid_png,
-    image,
-    marks_png,
+    fixed,
+    numeric,
+    percent,
+    signed,
     smooth,
     table,
+    whole_page,
 )
-from page_style import CSS, SCRIPT
 from report import duration, write_text_atomic
-from run_record import Output, RunRecord, Validation, cells_of, one_color, shape_of, union_cells
+from run_record import Output, RunRecord, cells_of, one_color, shape_of, union_cells
 
-ROWS_BYTES = 2_800_000  # of the gallery of all outputs
-FRAMES_BYTES = 900_000  # of the epochs behind the slider
-MAX_FRAMES = 30
 PAUSE = 600.0  # seconds between two log lines that count as a pause
 TERM = "efe_"
-SIZES = ((3, "up to 3"), (10, "4 to 10"), (20, "11 to 20"), (30, "21 to 30"))  # the longer side of an output
-SIGNS = {"r": "", "w": "\u00d7", "f": "+", "b": "\u2212", "s": "\u25cb"}
-MEANING = {"w": "wrong", "f": "made right by the refinement", "b": "made wrong by it", "s": "sizes differ",
-           "r": "right"}  # fmt: skip
-KINDS = {"solved": "solved", "nearly": "nearly solved (95 % of the cells)", "size": "wrong size",
-         "copy": "copies the input", "worse": "refinement hurt", "better": "refinement helped"}  # fmt: skip
-MINUS, DASH = "\u2212", "\u2013"
 
 
 def write_report(folder: Path, target: Path | None = None) -> Path:
@@ -71,109 +64,6 @@ def report_html(run: RunRecord) -> str:
     ]  # fmt: skip
     body = [section_head(facts), section_health(facts), *sections, section_foot(facts)]  # problems are known by now
     return whole_page(f"Report of {run.name}", [body[0], section_problems(run), *body[1:]], facts.data)
-
-
-def whole_page(title: str, sections: Iterable[str], data: Mapping[str, Any]) -> str:
-    """Return a whole page; `data` is what the script needs beside what it always needs."""
-    colors = {"palette": [PALETTE[str(digit)][:3] for digit in range(10)], "marks": [MARKS[name][:3] for name in SIGNS]}
-    text = json.dumps({"side": SIDE, "signs": list(SIGNS.values()), **colors, **data}, separators=(",", ":"))
-    for char in "<>&":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{esc(title)}</title>\n<style>{CSS}</style></head>\n"
-        f'<body class="no-js">\n{"".join(part for part in sections if part)}'
-        f'<script type="application/json" id="data">{text}</script>\n<script>{SCRIPT}</script>\n</body></html>\n'
-    )
-
-
-# What the page is about ----------------------------------------------------------------------------------------------
-
-
-def numeric(value: Any) -> float | None:
-    """Return a value as a number; None where it is none, or not finite."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
-
-
-@dataclass
-class Facts:
-    """A run, its last validation, and what the script is to know."""
-
-    run: RunRecord
-    data: dict[str, Any] = field(default_factory=lambda: {"epochs": [], "frames": [], "images": []})
-
-    @cached_property
-    def validation(self) -> Validation | None:
-        """Return the last validation that left its outputs."""
-        return self.run.validation(self.run.epochs[-1]) if self.run.epochs else None
-
-    @property
-    def outputs(self) -> Sequence[Output]:
-        """Return the outputs of the last validation."""
-        return self.validation.outputs if self.validation else ()
-
-    @cached_property
-    def shown(self) -> list[Output]:
-        """Return the outputs whose grids are known, the most instructive first: nearly solved, then by their cells."""
-        known = [output for output in self.outputs if output.grid("first") and output.grid("target")]
-        return sorted(known, key=lambda o: (order_of(o), -(o.number("cells") or 0.0), o.key))
-
-    @cached_property
-    def epochs(self) -> list[dict[str, Any]]:
-        """Return the epoch records, validated or not."""
-        return self.run.of("epoch")
-
-    @cached_property
-    def scored(self) -> list[dict[str, Any]]:
-        """Return the records of epochs that were validated."""
-        return [record for record in self.epochs if numeric(record.get("val_exact")) is not None]
-
-    @cached_property
-    def last_step(self) -> float:
-        """Return the number of batches done so far, as far as the log tells."""
-        return max([numeric(record.get("step")) or 0.0 for record in self.run.metrics], default=0.0)
-
-    @cached_property
-    def config(self) -> TrainConfig | None:
-        """Return the run's settings; None where they are missing or another version's."""
-        if not self.run.settings:
-            return None
-        try:
-            return from_dict(TrainConfig, self.run.settings)
-        except ConfigError as error:
-            self.run.problem(f"config.json holds settings of another version ({error})")
-            return None
-
-
-def order_of(output: Output) -> int:
-    """Return where an output belongs in the gallery: nearly solved, then unsolved, then solved."""
-    return 0 if "nearly" in output.kinds else 2 if "solved" in output.kinds else 1
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    """Return a share in percent."""
-    return DASH if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"
-
-
-def signed(value: float | None, digits: int = 3) -> str:
-    """Return a number with its sign."""
-    if value is None:
-        return DASH
-    return f"{value:+z.{digits}f}".replace("-", MINUS)
-
-
-def fixed(value: float | None, digits: int = 3) -> str:
-    """Return a number with so many decimals."""
-    return DASH if value is None else f"{value:.{digits}f}".replace("-", MINUS)
-
-
-def counted(number: int, noun: str) -> str:
-    """Return "1 task", "2 tasks"."""
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 # 1. Head -------------------------------------------------------------------------------------------------------------
@@ -213,14 +103,6 @@ def beside_prior(record: Mapping[str, Any], right: int) -> str:
         f" 95 % interval {signed(low, 0)} to {signed(high, 0)})."  # fmt: skip
 
 
-def solved_tasks(outputs: Sequence[Output]) -> tuple[int, int]:
-    """Return (tasks with all outputs exact, tasks)."""
-    tasks: dict[str, list[bool]] = defaultdict(list)
-    for output in outputs:
-        tasks[output.key[0]].append(output.flag("exact"))
-    return sum(map(all, tasks.values())), len(tasks)
-
-
 def head_facts(facts: Facts) -> list[tuple[str, str]]:
     """Return names and values (HTML) of what was run, where, and how long."""
     run, session = facts.run, facts.run.sessions[-1] if facts.run.sessions else {}
@@ -231,7 +113,8 @@ def head_facts(facts: Facts) -> list[tuple[str, str]]:
     settings = " ".join(changed_flags(facts.config)) if facts.config else ""
     seconds = trained_seconds(run.metrics)
     resumes = max(len(run.sessions) - 1, 0)
-    took = f"{duration(seconds)} between log lines, {counted(len(run.sessions), 'session')}, {counted(resumes, 'resume')}"
+    times = f"{counted(len(run.sessions), 'session')}, {counted(resumes, 'resume')}"
+    took = f"{duration(seconds)} between log lines, {times}"
     return [
         ("run", f"<code>{esc(run.name)}</code>"),
         ("status", esc(status)),
@@ -274,17 +157,13 @@ def section_problems(run: RunRecord) -> str:
 
 def section_health(facts: Facts) -> str:
     """Return the flags, raised ones first, and the four indicators with where they have gone."""
-    flags = {name: flag for name, flag in _dict(facts.run.status.get("flags")).items() if isinstance(flag, dict)}
+    flags = {name: flag for name, flag in as_dict(facts.run.status.get("flags")).items() if isinstance(flag, dict)}
     order = sorted(flags.items(), key=lambda both: not both[1].get("raised"))
     chips = "".join(_chip(name, flag) for name, flag in order)
     if not chips:
         nothing = "No flag was raised" if facts.run.status else "run.json is missing, so flags are not known"
         chips = f'<li class="chip {"green" if facts.run.status else "amber"}"><b>{nothing}</b></li>'
     return f'<section><h2>Health</h2><ul class="strip">{chips}</ul>{indicators(facts)}</section>\n'
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _chip(name: str, flag: Mapping[str, Any]) -> str:
@@ -312,43 +191,10 @@ def indicators(facts: Facts) -> str:
             step = values[-1] - values[0]
             arrow = "\u2191" if step > 1e-12 else "\u2193" if step < -1e-12 else "\u2192"
             rows.append([esc(name), fixed(values[0], 4), f"{arrow} {fixed(values[-1], 4)}", esc(meaning)])
-    return table(("indicator", "first epoch", "last epoch", "meaning"), rows) if rows else ""
+    return table(("indicator", "first epoch", "last epoch", "meaning"), rows, "words") if rows else ""
 
 
 # 3. Scores -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Score:
-    """A share of outputs or tasks, or a mean, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    count: str = ""
-
-    def cell(self) -> str:
-        """Return it as a table's cell."""
-        count = f" <small>{self.count}</small>" if self.count else ""
-        return f"{percent(self.value)}{count}<br><small>{percent(self.low)} to {percent(self.high)}</small>"
-
-
-def share(claims: Iterable[bool]) -> Score:
-    """Return a proportion with Wilson's interval."""
-    claims = [bool(claim) for claim in claims]
-    right, of = sum(claims), len(claims)
-    return Score(right / of if of else math.nan, *wilson_interval(right, of), f"{right}/{of}")
-
-
-def mean_over_tasks(outputs: Sequence[Output], value: Callable[[Output], float], by_task: bool = False) -> Score:
-    """Return a mean over outputs, or with `by_task` over the tasks' own means; bootstrap interval over tasks."""
-    tasks: dict[str, list[float]] = defaultdict(list)
-    for output in outputs:
-        tasks[output.key[0]].append(value(output))
-    values = [[math.fsum(some) / len(some)] if by_task else some for some in tasks.values()]
-    sums, counts = [math.fsum(some) for some in values], [len(some) for some in values]
-    total = sum(counts)
-    return Score(math.fsum(sums) / total if total else math.nan, *bootstrap_interval(sums, counts))
 
 
 Attempt = Callable[[Output], bool]
@@ -371,10 +217,10 @@ def section_scores(facts: Facts) -> str:
     if len(known) == len(outputs):
         rows += cell_rows(outputs, list(flags))
     epoch = facts.validation.epoch
+    of = f"{counted(len(outputs), 'output')} in {counted(solved_tasks(outputs)[1], 'task')}"
     said = (
-        f"{counted(len(outputs), 'output')} in {counted(solved_tasks(outputs)[1], 'task')}, epoch {epoch}; each with its"
-        " 95 % interval: Wilson's for counts, bootstrap over tasks for means. Differences smaller than the intervals say"
-        " nothing."
+        f"{of}, epoch {epoch}; each with its 95 % interval: Wilson's for counts, bootstrap over tasks for means."
+        " Differences smaller than the intervals say nothing."
     )
     names = table(("", *flags), rows)
     return f"<section><h2>Scores beside baselines</h2><p>{esc(said)}</p>{names}{true_size(facts)}</section>\n"
@@ -423,10 +269,13 @@ def true_size(facts: Facts) -> str:
     if not facts.scored:
         return ""
     last = facts.scored[-1]
-    values = [numeric(last.get(name)) for name in ("val_cells_true", "base_prior_cells", "base_copy_cells",
-                                                   "base_color_cells", "val_size_accuracy", "base_rule_size")]  # fmt: skip
-    text = "Cells with the true size given: model {}, prior {}, copying {}, one colour {}. Right sizes: model {}, rule {}."
-    return f'<p class="dim">{esc(text.format(*map(percent, values)))}</p>'
+    names = ("val_cells_true", "base_prior_cells", "base_copy_cells", "base_color_cells", "val_size_accuracy",
+             "base_rule_size")  # fmt: skip
+    text = (
+        "With the true size given, cells right: model {}, prior {}, copying {}, one colour {}. Right sizes: model {},"
+        " the size rule {}."
+    )
+    return f'<p class="dim">{esc(text.format(*(percent(numeric(last.get(name))) for name in names)))}</p>'
 
 
 def logged_scores(facts: Facts) -> str:
@@ -454,11 +303,17 @@ def logged_scores(facts: Facts) -> str:
 def section_curves(facts: Facts) -> str:
     """Return the curves, over batches, with marks where the run was resumed or went back."""
     marks = resume_marks(facts)
-    drawn = "".join(curve_svg(curve, facts.last_step, marks) for curve in curves(facts))
+
+    def drawn(some: Iterable[Curve]) -> str:
+        return f'<div class="curves">{"".join(curve_svg(curve, facts.last_step, marks) for curve in some)}</div>'
+
     kinds = {letter for _, letter in marks}
     words = [word for letter, word in (("R", "R: resumed"), ("B", "B: back to a checkpoint")) if letter in kinds]
-    said = "; ".join(["faint: every log line, bold: moving average, dots: epochs", *words])
-    return f'<section><h2>Curves</h2><p class="dim">{esc(said)}.</p><div class="curves">{drawn}</div></section>\n'
+    said = "; ".join(["over batches; faint: every log line, bold: moving average", *words])
+    first, more, terms = curves(facts)
+    folded = [f"<details><summary>{title}</summary>{drawn(some)}</details>"
+              for title, some in (("how it trains", more), ("the terms of the loss, weighted", terms)) if some]
+    return f'<section><h2>Curves</h2><p class="dim">{esc(said)}.</p>{drawn(first)}{"".join(folded)}</section>\n'
 
 
 def series(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
@@ -473,8 +328,11 @@ def batch_curve(facts: Facts, title: str, name: str, is_log: bool = False) -> Cu
     return Curve(title, [Line(points, style="faint"), Line(smooth(points))], is_log=is_log)
 
 
-def curves(facts: Facts) -> list[Curve]:
-    """Return all curves; those of quantities that were never measured are left out, save the first four."""
+def curves(facts: Facts) -> tuple[list[Curve], list[Curve], list[Curve]]:
+    """Return the curves to look at first, those about the training, and those of the loss's terms.
+
+    Of the last two, quantities that were never measured are left out.
+    """
     last = facts.scored[-1] if facts.scored else {}
 
     def levels(*names: tuple[str, str]) -> list[tuple[float, str]]:
@@ -489,15 +347,18 @@ def curves(facts: Facts) -> list[Curve]:
         Curve("cells right, predicted size", [Line(series(scored, "val_cells_predicted"), "model"),
                                               Line(series(scored, "val_cells_unrefined"), "plain", "second", "4 2")]),
         Curve("cells right, true size", [Line(series(scored, "val_cells_true"), "model")],
-              levels(("base_prior_cells", "prior"), ("base_copy_cells", "copying"), ("base_color_cells", "one colour"))),
+              levels(("base_prior_cells", "prior"), ("base_copy_cells", "copying"),
+                     ("base_color_cells", "one colour"))),
     ]  # fmt: skip
-    delta = [(record["step"], *ends) for record in scored if numeric(record.get("step")) is not None
-             and None not in (ends := [numeric(record.get(f"val_accuracy_delta{e}")) for e in ("_low", "_high")])]  # fmt: skip
+    ends = [series(scored, f"val_accuracy_delta{end}") for end in ("_low", "_high")]
+    band = [(step, low, high) for (step, low), (_, high) in zip(*ends, strict=False)]
+    first += [
+        Curve("accuracy delta, 95 % interval", [Line(series(scored, "val_accuracy_delta"))], [(0.0, "0")], band),
+        batch_curve(facts, "Qwen update ratio (log)", "qwen_upd", True),
+    ]
     more = [
-        Curve("accuracy delta, 95 % interval", [Line(series(scored, "val_accuracy_delta"))], [(0.0, "0")], delta),
         batch_curve(facts, "reward", "reward"),
         batch_curve(facts, "Qwen gradient norm (log)", "qwen_grad", True),
-        batch_curve(facts, "Qwen update ratio (log)", "qwen_upd", True),
         batch_curve(facts, "gradient norm of all (log)", "grad_norm", True),
         batch_curve(facts, "mask: share of wrong cells", "mask"),
         Curve("nats gained over the prior", [Line(series(scored, "val_nats_gained"))], [(0.0, "0")]),
@@ -511,8 +372,9 @@ def curves(facts: Facts) -> list[Curve]:
     ]
     names = dict.fromkeys(name for record in facts.run.of("batch") for name in record
                           if name.startswith(TERM) and name != "efe_loss")  # fmt: skip
-    terms = [batch_curve(facts, f"term: {name.removeprefix(TERM)}, weighted", name) for name in names]
-    return first + [curve for curve in (*more, *terms) if any(line.points for line in curve.lines)]
+    terms = [batch_curve(facts, name.removeprefix(TERM), name) for name in names]
+    measured = [[curve for curve in some if any(line.points for line in curve.lines)] for some in (more, terms)]
+    return first, *measured
 
 
 def batch_seconds(facts: Facts) -> list[tuple[float, float]]:
@@ -531,7 +393,7 @@ def resume_marks(facts: Facts) -> list[tuple[float, str]]:
     """Return where sessions resumed (R) and where the run went back to a checkpoint (B), in batches."""
     found = [(step, "B") for record in facts.run.of("rollback") if (step := numeric(record.get("step"))) is not None]
     for session in facts.run.status.get("sessions") or []:
-        words = re.match(r"epoch (\d{1,9}), batch (\d{1,9})/", str(_dict(session).get("resumed_at", "")))
+        words = re.match(r"epoch (\d{1,9}), batch (\d{1,9})/", str(as_dict(session).get("resumed_at", "")))
         if words:
             found.append((step_at(facts, int(words[1]), int(words[2])), "R"))
     return sorted(found)
@@ -547,440 +409,6 @@ def step_at(facts: Facts, epoch: int, batch: int) -> float:
     return max(before, default=0.0) + batch
 
 
-# 5. The fixed sample, epoch by epoch ---------------------------------------------------------------------------------
-
-
-def section_sample(facts: Facts) -> str:
-    """Return the tasks that are shown in every epoch, step by step, with a slider over the epochs."""
-    cards = [o for o in facts.outputs if o.record.get("planning") and o.grid("target") and o.grid("first")]
-    if not cards:
-        return ""
-    cards.sort(key=lambda o: (order_of(o), -(o.number("cells") or 0.0), o.key))
-    facts.data |= frames(facts, cards)
-    count = len(facts.data["epochs"])
-    shown = facts.data["epochs"][-1] if count else facts.validation.epoch
-    slider = (
-        f'<label class="js">epoch <input type="range" id="epoch" min="0" max="{count - 1}" value="{count - 1}" step="1">'
-        f'</label><output id="which">epoch {shown}</output>' if count > 1 else f"<span>epoch {shown}</span>"
-    )  # fmt: skip
-    left = f" {count} of {len(facts.run.epochs)} epochs are here." if count < len(facts.run.epochs) else ""
-    drawn = "".join(sample_card(output, number) for number, output in enumerate(cards))
-    said = (
-        f"The same {counted(len(cards), 'task')} in every epoch, chosen by the hash of their names. A step's cells are"
-        f" the fainter the less probable.{left} Keys: j and k go from task to task, d shows digits."
-    )
-    return (
-        f'<section id="sample"><h2>How it plans</h2><p>{esc(said)}</p>{legend()}<div class="tools">{slider}'
-        '<button type="button" class="js digit" aria-pressed="false">digits</button></div>'
-        f"{drawn}</section>\n"
-    )
-
-
-def legend() -> str:
-    """Return what the colours and signs of an error map mean."""
-    keys = "; ".join(
-        f'<span class="key" style="background:rgb({",".join(map(str, MARKS[mark][:3]))})"></span>'
-        f" {SIGNS[mark]} {word}"
-        for mark, word in MEANING.items() if mark != "r"
-    )  # fmt: skip
-    return f'<p class="dim">Error maps: {keys}; grey is right. With digits on, the signs are drawn as well.</p>'
-
-
-def slot(data: str, rows: int, columns: int, title: str, caption: str, is_marks: bool = False) -> str:
-    """Return a figure whose picture the slider changes."""
-    return image(data, rows, columns, title, caption, extra=' data-slot=""' + ' data-marks="1"' * is_marks)
-
-
-def sample_card(output: Output, number: int) -> str:
-    """Return one task of the sample: what was shown, what was planned, and what was wrong."""
-    pictures = [
-        slot(data, *shape, title, caption, title == "errors") for data, shape, title, caption in pictures_of(output)
-    ]
-    context = f"{grid_image(output.grid('input'), 'input')}{grid_image(output.grid('target'), 'target')}"
-    return (
-        f'<div class="card" data-stop="" tabindex="-1" data-card="{number}"><h3>{esc(name_of(output))}</h3>'
-        f'<p class="said">{esc(caption_of(output))}</p><div class="grids">{context}{"".join(pictures)}</div>'
-        f"{demonstrations(output)}{neighbours(output)}</div>\n"
-    )
-
-
-def name_of(output: Output) -> str:
-    """Return how an output is called."""
-    return f"{output.key[0]}, test input {output.key[1]}"
-
-
-def pictures_of(output: Output) -> list[tuple[str, tuple[int, int], str, str]]:
-    """Return (PNG in base64, its shape, title, caption) of what was planned: each step, the attempts, the errors."""
-    found = []
-    target = output.grid("target")
-    for number, (grid, confidence) in enumerate(output.record.get("planning", []), start=1):
-        tenths = [int(digit) + 0.5 for digit in cells_of(confidence)]
-        right = f", {percent(union_cells(grid, target), 0)} right"
-        caption = f"step {number}: p about {sum(tenths) / len(tenths) / 10:.2f}{right}"
-        found.append((belief_png(grid, confidence), shape_of(grid), f"step {number}", caption))
-    named = [("plain prompt", output.unrefined), ("attempt 1", output.grid("first")), ("attempt 2", output.grid("second"))]
-    found += [(grid_png(grid), shape_of(grid), title, f"{title}, {percent(union_cells(grid, target), 0)} right")
-              for title, grid in named if grid]  # fmt: skip
-    marks = error_map(output.grid("first"), output.unrefined, target)
-    found.append((marks_png(marks), shape_of(marks), "errors", marks_words(marks)))
-    return found
-
-
-def marks_words(marks: str) -> str:
-    """Return what an error map counts, in words."""
-    counts = Counter(cells_of(marks))
-    words = [f"{counts[mark]} {word}" for mark, word in MEANING.items() if mark != "r" and counts[mark]]
-    return "errors: " + ("; ".join(words) if words else "none")
-
-
-def caption_of(output: Output) -> str:
-    """Return what became of an output, in one line."""
-    mark = "\u2713 exact" if output.flag("exact") else "\u2713 second attempt exact" if output.flag("two") else "\u2717 not exact"
-    first = output.grid("first")
-    size = "{}x{}".format(*shape_of(first)) if first else DASH
-    true = "{}x{}".format(*shape_of(output.grid("target"))) if output.grid("target") else DASH
-    parts = [mark, f"size {size}, true {true}", f"{percent(output.number('cells'))} of the cells"]
-    if output.delta:
-        parts.append(f"refinement {signed(100 * output.delta, 1)} points")
-    steps = output.number("steps")
-    parts.append("answered at once by the prior" if output.flag("at_once") else f"{steps or 0:.0f} planning steps counted")
-    parts += [KINDS[kind] for kind in output.kinds if kind in ("nearly", "copy")]
-    return "; ".join(parts)
-
-
-def frames(facts: Facts, cards: Sequence[Output]) -> dict[str, Any]:
-    """Return the sample in each epoch for the slider: captions, and numbers of images that stand there once.
-
-    Of many epochs some are left out, so that all fits FRAMES_BYTES: evenly, the first and the last stay.
-    """
-    chosen = evenly(facts.run.epochs, MAX_FRAMES)
-    while True:
-        numbers: dict[str, int] = {}
-        found = [_frame(facts, epoch, cards, numbers) for epoch in chosen]
-        size = sum(map(len, numbers)) + len(json.dumps(found))
-        if size <= FRAMES_BYTES or len(chosen) <= 1:
-            return {"epochs": chosen, "frames": found, "images": list(numbers)}
-        chosen = evenly(chosen, max(1, min(len(chosen) - 1, len(chosen) * FRAMES_BYTES // size)))
-
-
-def evenly(values: Sequence[int], most: int) -> list[int]:
-    """Return at most so many of the values, evenly spread; the last one always, the first where there are two."""
-    if len(values) <= most:
-        return list(values)
-    if most == 1:
-        return [values[-1]]
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
-
-
-def _frame(facts: Facts, epoch: int, cards: Sequence[Output], numbers: dict[str, int]) -> list[Any]:
-    """Return for each card [what became of it, numbers of its images, their captions]; None where it is not there."""
-    is_last = facts.validation is not None and epoch == facts.validation.epoch
-    validation = facts.validation if is_last else facts.run.validation(epoch, sample_only=True)
-    there = {output.key: output for output in validation.outputs}
-    rows: list[Any] = []
-    for card in cards:
-        output = there.get(card.key)
-        if output is None or not output.grid("first"):
-            rows.append(None)
-            continue
-        pictures = pictures_of(output)
-        rows.append([caption_of(output), [numbers.setdefault(p[0], len(numbers)) for p in pictures],
-                     [caption for *_, caption in pictures]])  # fmt: skip
-    return rows
-
-
-def demonstrations(output: Output) -> str:
-    """Return the demonstrations of a task, folded."""
-    pairs = output.task.get("demonstrations", [])
-    drawn = "".join(f'<div class="pair">{grid_image(a, "input", side=84)}{arrow()}{grid_image(b, "output", side=84)}</div>'
-                    for a, b in pairs)  # fmt: skip
-    return f'<details><summary>{counted(len(pairs), "demonstration")}</summary><div class="grids">{drawn}</div></details>'
-
-
-def arrow() -> str:
-    """Return an arrow between two grids."""
-    return '<span aria-hidden="true">\u2192</span>'
-
-
-def neighbours(output: Output) -> str:
-    """Return what the memory recalled for a task, folded; red where it is the same task, which must not happen."""
-    found = output.record.get("neighbours", [])
-    if not found:
-        return ""
-    drawn = "".join(entry_pair(entry, f"similarity {fixed(numeric(entry.get('similarity')), 2)}, weight"
-                               f" {fixed(numeric(entry.get('weight')), 2)}", entry.get("task") == output.key[0])
-                    for entry in found)  # fmt: skip
-    words = f"{len(found)} recalled from the memory"
-    return f'<details><summary>{words}</summary><div class="grids">{drawn}</div></details>'
-
-
-def entry_pair(entry: Mapping[str, Any], words: str, is_leak: bool = False) -> str:
-    """Return an entry of the memory as the pair that it was learned from."""
-    name = f"{entry.get('task', '?')} {entry.get('pair', '')}"
-    said = f"{esc(name)}<br>{esc(words)}" + ("<br>\u26a0 the same task" if is_leak else "")
-    grids = ""
-    if entry.get("input") and entry.get("output"):
-        grids = f"{grid_image(entry['input'], 'input', side=84)}{arrow()}{grid_image(entry['output'], 'output', side=84)}"
-    leak = " leak" if is_leak else ""
-    return f'<div class="{leak.strip()}"><div class="pair">{grids}</div><small>{said}</small></div>'
-
-
-# 6. All outputs ------------------------------------------------------------------------------------------------------
-
-
-def section_gallery(facts: Facts) -> str:
-    """Return every output with its grids, nearly solved ones first, folded; as many as ROWS_BYTES hold."""
-    if not facts.shown:
-        return ""
-    rows, used, count = [], 0, 0
-    for output in facts.shown:
-        row = gallery_row(output)
-        if used + len(row) > ROWS_BYTES:
-            break
-        rows.append(row)
-        used, count = used + len(row), count + 1
-    for place, output in enumerate(facts.shown[:count]):
-        more = demonstrations(output)
-        if used + len(more) > ROWS_BYTES:
-            break
-        rows[place] = rows[place].replace("</details>", more + "</details>", 1)
-        used += len(more)
-    counts = Counter(kind for output in facts.shown[:count] for kind in output.kinds)
-    options = "".join(f'<option value="{kind}">{esc(word)} ({counts[kind]})</option>' for kind, word in KINDS.items())
-    missing = f" The page has room for {count} of {len(facts.shown)}." if count < len(facts.shown) else ""
-    said = f"Epoch {facts.validation.epoch}, nearly solved ones first: there is most to learn.{missing}"
-    return (
-        f'<section id="gallery"><h2>All outputs</h2><p>{esc(said)}</p><div class="tools js"><label>show <select'
-        f' class="filter" data-of="#gallery details[data-kinds]"><option value="">all ({count})</option>{options}'
-        f'</select></label><span id="left"></span><button type="button" class="js digit" aria-pressed="false">digits'
-        f"</button></div>{''.join(rows)}</section>\n"
-    )
-
-
-def gallery_row(output: Output) -> str:
-    """Return one output, folded: input, target, attempt, errors."""
-    grids = [(output.grid("input"), "input"), (output.grid("target"), "target"), (output.grid("first"), "attempt 1")]
-    drawn = "".join(grid_image(grid, title, side=96) for grid, title in grids if grid)
-    marks = error_map(output.grid("first"), output.unrefined, output.grid("target"))
-    errors = image(marks_png(marks), *shape_of(marks), "errors", marks_words(marks), 96, ' data-marks="1"')
-    sign = '<span class="yes">\u2713</span>' if output.flag("exact") else '<span class="no">\u2717</span>'
-    return (
-        f'<details data-stop="" data-kinds="{" ".join(output.kinds)}"><summary>{sign} {esc(name_of(output))}'
-        f' <small>{percent(output.number("cells"))}</small></summary><p>{esc(caption_of(output))}</p>'
-        f'<div class="grids">{drawn}{errors}</div></details>\n'
-    )
-
-
-def section_table(facts: Facts) -> str:
-    """Return a row of numbers per output, to be sorted."""
-    if not facts.outputs:
-        return ""
-    head = ("task", "test", "demos", "input", "output", "predicted", "exact", "two", "prior", "cells", "cells, plain prompt",
-            "refinement", "cells, true size", "nats", "nats, prior", "steps", "recalled")  # fmt: skip
-    rows = "".join(f"<tr>{''.join(table_cells(output))}</tr>" for output in facts.outputs)
-    top = "".join(f'<th scope="col">{esc(name)}</th>' for name in head)
-    return (
-        '<section><h2>Output by output</h2><p>A click on a column sorts by it. <button type="button" class="js csv"'
-        ' data-of="outputs">save as CSV</button></p><div class="scroll tall" tabindex="0" role="region"'
-        f' aria-label="all outputs"><table class="sort" id="outputs"><thead><tr>{top}</tr></thead><tbody>{rows}</tbody>'
-        "</table></div></section>\n"
-    )
-
-
-def table_cells(output: Output) -> list[str]:
-    """Return the cells of one row of the table."""
-
-    def size(grid: str) -> str:
-        if not grid:
-            return f"<td>{DASH}</td>"
-        rows, columns = shape_of(grid)
-        return f'<td data-v="{rows * columns}">{rows}x{columns}</td>'
-
-    def mark(name: str) -> str:
-        is_right = output.flag(name)
-        return f'<td data-v="{int(is_right)}">{_sign(is_right)}</td>'
-
-    def value(number: float | None, digits: int = 3, sign: bool = False) -> str:
-        return f'<td data-v="{"" if number is None else number}">{(signed if sign else fixed)(number, digits)}</td>'
-
-    demos, recalled = output.task.get("demonstrations"), output.record.get("neighbours")
-    return [
-        f'<td class="t"><code>{esc(output.key[0])}</code></td>', f"<td>{output.key[1]}</td>",
-        f"<td>{len(demos) if demos else DASH}</td>", size(output.grid("input")), size(output.grid("target")),
-        size(output.grid("first")), mark("exact"), mark("two"), mark("prior"), value(output.number("cells")),
-        value(output.number("unrefined_cells")), value(output.delta, 3, True), value(output.number("cells_true")),
-        value(output.number("nats")), value(output.number("prior_nats")), value(output.number("steps"), 0),
-        f"<td>{DASH if recalled is None else len(recalled)}</td>",
-    ]  # fmt: skip
-
-
-def _sign(is_right: bool) -> str:
-    return '<span class="yes">\u2713</span>' if is_right else '<span class="no">\u2717</span>'
-
-
-# 7. Breakdowns -------------------------------------------------------------------------------------------------------
-
-
-def section_breakdowns(facts: Facts) -> str:
-    """Return the scores by kind of output, which colours are taken for which, and which sizes."""
-    known = [output for output in facts.shown if output.grid("input")]
-    if not known:
-        return ""
-    groups: dict[str, Callable[[Output], tuple[int, str]]] = {
-        "longer side of the output": lambda o: _bin(max(shape_of(o.grid("target")))),
-        "size": lambda o: (0, "as the input") if shape_of(o.grid("target")) == shape_of(o.grid("input")) else (1, "changed"),
-        "colours in the output": lambda o: _colors(len(set(cells_of(o.grid("target"))))),
-        "demonstrations": lambda o: (n := len(o.task.get("demonstrations", [])), str(n)),
-        "answered": lambda o: (0, "at once by the prior") if o.flag("at_once") else (1, "planned"),
-    }
-    rows = []
-    for name, label in groups.items():
-        found: dict[tuple[int, str], list[Output]] = defaultdict(list)
-        for output in known:
-            found[label(output)].append(output)
-        for (_, word), some in sorted(found.items()):
-            cells = [share(o.flag(flag) for o in some).cell() for flag in ("exact", "two", "prior")]
-            rows.append([f"{esc(name)}: {esc(word)}", str(len(some)), *cells,
-                         percent(math.fsum(o.number("cells") or 0.0 for o in some) / len(some))])  # fmt: skip
-    head = ("kind of output", "outputs", "exact", "in two attempts", "prior exact", "cells")
-    return f"<section><h2>Where it is right</h2>{table(head, rows)}{confusion(known)}{wrong_sizes(known)}</section>\n"
-
-
-def _bin(side: int) -> tuple[int, str]:
-    return next((most, word) for most, word in SIZES if side <= most)
-
-
-def _colors(count: int) -> tuple[int, str]:
-    return min(count, 5), "5 or more" if count >= 5 else str(count)
-
-
-def swatch(color: str) -> str:
-    """Return a colour with its digit."""
-    return f'<span class="key" style="background:rgb({",".join(map(str, PALETTE[color][:3]))})"></span> {color}'
-
-
-def confusion(outputs: Sequence[Output]) -> str:
-    """Return which colour is predicted where another is right, in outputs of the right size, in percent of each row."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for output in outputs:
-        first, target = output.grid("first"), output.grid("target")
-        if shape_of(first) == shape_of(target):
-            counts.update(zip(cells_of(target), cells_of(first), strict=True))
-    totals = Counter()
-    for (true, _), count in counts.items():
-        totals[true] += count
-    rows = [[swatch(true), *(f"{100 * counts[true, found] / totals[true]:.1f}" if counts[true, found] else "\u00b7"
-                             for found in PALETTE), str(totals[true])]
-            for true in PALETTE if totals[true]]  # fmt: skip
-    head = ("true \\ predicted", *PALETTE, "cells")
-    words = "Which colours are taken for which, where the size is right: percent of the true colour's cells"
-    return f"<h3>Colours</h3>{table(head, rows, caption=words)}" if rows else ""
-
-
-def wrong_sizes(outputs: Sequence[Output]) -> str:
-    """Return the wrong sizes that were predicted most often."""
-    counts = Counter((shape_of(o.grid("target")), shape_of(o.grid("first"))) for o in outputs)
-    wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]]
-    if not wrong:
-        return "<h3>Sizes</h3><p>All sizes are right.</p>"
-    rows = [["{}x{}".format(*true), "{}x{}".format(*found), str(count)] for (true, found), count in wrong[:12]]
-    said = f"{sum(count for _, count in wrong)} wrong sizes of {len(outputs)}; the most frequent ones:"
-    return f"<h3>Sizes</h3><p>{said}</p>{table(('true size', 'predicted', 'outputs'), rows)}"
-
-
-# 8. Refinement and memory --------------------------------------------------------------------------------------------
-
-
-def section_refinement(facts: Facts) -> str:
-    """Return what refining the prompt helped and hurt, the largest differences as grids."""
-    if not facts.shown:
-        return ""
-    changed = sorted((o for o in facts.shown if o.delta), key=lambda o: o.delta)
-    hurt, helped = [o for o in changed if o.delta < 0], [o for o in changed if o.delta > 0]
-    made = sum(o.flag("exact") and o.unrefined != o.grid("target") for o in helped)
-    lost = sum(not o.flag("exact") and o.unrefined == o.grid("target") for o in hurt)
-    mean = mean_over_tasks(facts.outputs, lambda o: o.delta)
-    said = (
-        f"Compared with the prompt as written, refinement helped {counted(len(helped), 'output')} ({made} became exact),"
-        f" hurt {len(hurt)} ({lost} were exact before), and left the cells of {len(facts.shown) - len(changed)} as they"
-        f" were. Mean {signed(100 * mean.value, 2)} points of cells, 95 % interval {signed(100 * mean.low, 2)} to"
-        f" {signed(100 * mean.high, 2)}."
-    )
-    parts = [f"<h3>{title}</h3>{''.join(map(before_and_after, some))}"
-             for title, some in (("Helped most", helped[::-1][:6]), ("Hurt most", hurt[:6])) if some]  # fmt: skip
-    return f"<section><h2>What the refined prompt is worth</h2><p>{esc(said)}</p>{''.join(parts)}</section>\n"
-
-
-def before_and_after(output: Output) -> str:
-    """Return an output under the prompt as written and under the refined one."""
-    marks = error_map(output.grid("first"), output.unrefined, output.grid("target"))
-    drawn = [grid_image(grid, title, side=110) for grid, title in (
-        (output.grid("target"), "target"), (output.unrefined, "plain prompt"), (output.grid("first"), "refined prompt"))]  # fmt: skip
-    drawn.append(image(marks_png(marks), *shape_of(marks), "errors", marks_words(marks), 110, ' data-marks="1"'))
-    return (f'<p><code>{esc(name_of(output))}</code> {signed(100 * output.delta, 1)} points</p>'
-            f'<div class="grids">{"".join(drawn)}</div>')  # fmt: skip
-
-
-def section_memory(facts: Facts) -> str:
-    """Return what the memory holds, as the last validation found it."""
-    memory = _dict(facts.validation.head.get("memory")) if facts.validation else {}
-    if not memory:
-        return ""
-    numbers = {name: numeric(value) for name, value in memory.items()}
-
-    def n(name: str) -> str:
-        value = numbers.get(name)
-        return DASH if value is None else f"{value:.0f}"
-
-    said = (
-        f"{n('size')} of {n('capacity')} entries; {n('offered')} pairs offered, {n('admissions')} admitted, {n('replaced')}"
-        f" replaced, {n('evicted')} removed. Threshold {fixed(numbers.get('theta'))}. {percent(numbers.get('hit_rate'))}"
-        f" of the queries recalled something; {n('never_used')} entries were never used."
-    )
-    bars = histogram("scores of the entries", memory.get("scores"), 1.0, numbers.get("theta"), "threshold")
-    bars += histogram("age of the entries, in batches", memory.get("ages"), numbers.get("oldest") or 1.0)
-    parts = []
-    for title, name in (("Most used", "most_used"), ("Never used, newest first", "unused")):
-        entries = [entry for entry in memory.get(name) or [] if usable_entry(entry)]
-        drawn = "".join(entry_pair(entry, entry_words(entry)) for entry in entries)
-        parts.append(f'<h3>{title}</h3><div class="grids">{drawn}</div>' if drawn else "")
-    return f'<section><h2>Memory</h2><p>{esc(said)}</p><div class="curves">{bars}</div>{"".join(parts)}</section>\n'
-
-
-def usable_entry(entry: Any) -> bool:
-    """Return whether an entry can be shown: its grids, where it has any, are grids."""
-    from run_record import is_grid
-
-    return isinstance(entry, dict) and all(is_grid(entry[name]) for name in ("input", "output") if name in entry)
-
-
-def entry_words(entry: Mapping[str, Any]) -> str:
-    """Return what is known of an entry of the memory."""
-    hits, score, gain = (numeric(entry.get(name)) for name in ("hits", "score", "gain"))
-    used = "" if not hits else f"used {hits:.0f} times, "
-    return f"{used}score {fixed(score, 2)}, gain {signed(gain, 3)}"
-
-
-def histogram(title: str, counts: Any, end: float, line: float | None = None, name: str = "") -> str:
-    """Return bars of counts over equal parts of 0 to `end`, with a vertical line; nothing where there are no counts."""
-    values = [numeric(count) for count in counts] if isinstance(counts, list) else []
-    if not values or None in values or len(values) > 100 or not max(values):
-        return ""
-    wide, high, base = 300 / len(values), 90, 110
-    bars = "".join(
-        f'<rect x="{10 + i * wide:.1f}" y="{base - high * value / max(values):.1f}" width="{wide - 2:.1f}"'
-        f' height="{high * value / max(values):.1f}" fill="var(--accent)"><title>{value:.0f}</title></rect>'
-        for i, value in enumerate(values)
-    )
-    if line is not None:
-        x = 10 + 300 * min(max(line / end, 0.0), 1.0)
-        bars += f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="12" y2="{base}"/>' \
-            f'<text class="dim" x="{x:.1f}" y="9" text-anchor="end">{esc(name)} {line:.3g}</text>'  # fmt: skip
-    ends = f'<text class="dim" x="10" y="122">0</text><text class="dim" x="310" y="122" text-anchor="end">{end:g}</text>'
-    return f'<div class="curve"><h4>{esc(title)}, at most {max(values):.0f}</h4><svg viewBox="0 0 320 128" role="img"' \
-        f' aria-label="{esc(title)}">{bars}{ends}</svg></div>'  # fmt: skip
-
-
 # 9. Foot -------------------------------------------------------------------------------------------------------------
 
 
@@ -994,7 +422,7 @@ def section_foot(facts: Facts) -> str:
     state = run.status.get("status")
     goes_on = "To extend it, with a larger --epochs" if state == "finished" else "To go on where it stopped"
     session = run.sessions[-1] if run.sessions else {}
-    packages = ", ".join(f"{name} {version}" for name, version in _dict(session.get("packages")).items() if version)
+    packages = ", ".join(f"{name} {version}" for name, version in as_dict(session.get("packages")).items() if version)
     made = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
     return (
         f"<footer><h2>To do it again</h2>{''.join(f'<pre>{esc(command)}</pre>' for command in commands[:1])}"

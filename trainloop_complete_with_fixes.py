@@ -23,6 +23,10 @@ if __name__ == "__main__":  # --help and every usage error answer before torch i
     except ConfigError as problem:
         Console().error(str(problem), problem.hint)
         sys.exit(2)
+    if getattr(COMMAND, "verb", "") == "report":
+        import report_command
+
+        sys.exit(report_command.answer(COMMAND, Console(quiet=COMMAND.quiet)))
 
 import contextlib
 import dataclasses
@@ -147,11 +151,14 @@ from report import (
     full_summary,
     require_mounted,
 )
+from report_page import write_report
 from run_backup import Backup, bring_back
+from run_pictures import write_curves
 from solver2 import Candidates
 
 MAX_BAD_STEPS = 20
 MAX_ROLLBACKS = 3
+MAX_PAGE_SECONDS = 2.0  # a page that takes longer is written at the end of a session only
 EPOCHS_AHEAD = 20  # epochs whose batches are looked at before training when --max-batches leaves some out
 
 
@@ -541,6 +548,7 @@ class Run:
     seen: dict[str, dict[str, Any]]  # what the weights see, for whoever scores them
     health: Health = field(default_factory=Health)
     baselines: dict[str, float | str] | None = None
+    page_seconds: float = 0.0  # that the last report.html took
     started: float = field(default_factory=time.monotonic)
 
     def batches(self, epoch: int) -> int:
@@ -877,6 +885,24 @@ def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
     state.validated = True
     weights, is_best_delta = keep_best(run, scores) if scores is not None else (None, False)
     save(run, weights, is_best_delta)
+    write_page(run)
+
+
+def write_page(run: Run, last: bool = False) -> None:
+    """Write report.html, and with `last` curves.png; but for the last time only while that takes MAX_PAGE_SECONDS.
+
+    Whatever goes wrong with a page is a warning: training does not depend on it, and the command report makes it again.
+    """
+    if run.page_seconds > MAX_PAGE_SECONDS and not last:
+        return
+    began = time.monotonic()
+    try:
+        write_report(run.folder.path)
+        if last:
+            write_curves(run.folder.path)
+    except Exception as problem:
+        run.console.warn(f"report.html not written ({type(problem).__name__}: {problem}); training goes on")
+    run.page_seconds = time.monotonic() - began
 
 
 Weights = tuple[dict[str, Tensor], dict[str, Any]]
@@ -1279,8 +1305,10 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
     except BaseException:
         folder.set_status("failed")
         raise
+    write_page(run, last=True)
     if folder.read_status()["status"] == "finished":
-        console.say(f"done in {duration(time.monotonic() - began)}. Best weights: {folder.best}")
+        took = duration(time.monotonic() - began)
+        console.say(f"done in {took}. Best weights: {folder.best}; report: {folder.path / 'report.html'}")
     return code
 
 
