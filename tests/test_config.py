@@ -171,7 +171,7 @@ def test_smoke_is_small_unless_flags_say_otherwise():
         ("--fresh=1", "--fresh takes no value", None),
         ("-q=1", "--quiet takes no value", None),
         ("--fresh --resume", "--fresh and --resume exclude each other", None),
-        ("report", 'unknown command "report"', None),
+        ("doctor", 'unknown command "doctor"', None),
         ("train extra", 'unexpected argument "extra"', None),
         ("--offline true", 'unknown command "true"', None),
         ("--resume=", "--resume got an empty name", None),
