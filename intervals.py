@@ -44,4 +44,4 @@ def bootstrap_interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[fl
 @functools.lru_cache(maxsize=4)
 def _resamples(tasks: int) -> np.ndarray:
     """Return how often each task is drawn in each resample, [RESAMPLES, tasks]."""
-    return np.random.default_rng(0).multinomial(tasks, np.full(tasks, 1 / tasks), RESAMPLES)
+    return np.random.default_rng(0).multinomial(tasks, np.full(tasks, 1 / tasks), RESAMPLES).astype(float)

@@ -111,9 +111,9 @@ def pictures_of(output: Output) -> list[tuple[str, tuple[int, int], str, str]]:
     found = []
     target = output.grid("target")
     for number, (grid, confidence) in enumerate(output.record.get("planning", []), start=1):
-        tenths = [int(digit) + 0.5 for digit in cells_of(confidence)]
-        right = f", {percent(union_cells(grid, target), 0)} right"
-        caption = f"step {number}: p about {sum(tenths) / len(tenths) / 10:.2f}{right}"
+        cells = cells_of(confidence)
+        likely = sum(cells.count(str(tenths)) * (tenths + 0.5) for tenths in range(10)) / len(cells) / 10
+        caption = f"step {number}: p about {likely:.2f}, {percent(union_cells(grid, target), 0)} right"
         found.append((belief_png(grid, confidence), shape_of(grid), f"step {number}", caption))
     attempts = [(f"attempt {number}", output.grid(name)) for number, name in ((1, "first"), (2, "second"))]
     named = [("plain prompt", output.unrefined), *attempts]
@@ -447,7 +447,8 @@ def section_memory(facts: Facts) -> str:
     bars += histogram("age of the entries, in batches", memory.get("ages"), numbers.get("oldest") or 1.0)
     parts = []
     for title, name in (("Most used", "most_used"), ("Never used, newest first", "unused")):
-        entries = [entry for entry in memory.get(name) or [] if usable_entry(entry)]
+        there = memory.get(name)
+        entries = [entry for entry in (there if isinstance(there, list) else ()) if usable_entry(entry)]
         drawn = "".join(entry_pair(entry, entry_words(entry)) for entry in entries)
         parts.append(f'<h3>{title}</h3><div class="grids">{drawn}</div>' if drawn else "")
     return f'<section><h2>Memory</h2><p>{esc(said)}</p><div class="curves">{bars}</div>{"".join(parts)}</section>\n'

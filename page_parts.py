@@ -96,7 +96,7 @@ def png(rows: Sequence[str], colors: Mapping[str, Color]) -> bytes:
     opacity = bytes(color[3] for color in chosen).rstrip(b"\xff")
     parts = [_chunk(b"IHDR", head), _chunk(b"PLTE", bytes(value for color in chosen for value in color[:3]))]
     parts += [_chunk(b"tRNS", opacity)] if opacity else []
-    parts += [_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + line for line in lines), 9)), _chunk(b"IEND", b"")]
+    parts += [_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + line for line in lines), 6)), _chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -122,24 +122,22 @@ def belief_png(grid: str, confidence: str) -> str:
     return _base64(["".join(symbols[pair] for pair in row) for row in rows], colors)
 
 
+@functools.lru_cache(maxsize=5000)
 def error_map(grid: str, unrefined: str, target: str) -> str:
     """Return a grid of MARKS over the union of both areas: how `grid` differs from the target."""
+    texts = [text.split("/") for text in (grid, unrefined, target)]
+    height, width = (max(sizes) for sizes in zip(*((len(rows), len(rows[0])) for rows in texts[::2]), strict=True))
+    padded = [[row.ljust(width)[:width] for row in rows] + [" " * width] * (height - len(rows)) for rows in texts]
+    return "/".join("".join(map(_mark, *rows)) for rows in zip(*padded, strict=False))
 
-    def at(text: Sequence[str], row: int, column: int) -> str:
-        return text[row][column] if row < len(text) and column < len(text[row]) else ""
 
-    found, before, answer = grid.split("/"), unrefined.split("/"), target.split("/")
-    height, width = max(len(found), len(answer)), max(len(found[0]), len(answer[0]))
-
-    def mark(row: int, column: int) -> str:
-        is_, was, should = (at(text, row, column) for text in (found, before, answer))
-        if not should or not is_:
-            return "s"
-        if is_ == should:
-            return "r" if was == should else "f"
-        return "b" if was == should else "w"
-
-    return "/".join("".join(mark(row, column) for column in range(width)) for row in range(height))
+def _mark(is_: str, was: str, should: str) -> str:
+    """Return the mark of a cell; " " stands for no cell."""
+    if is_ == should != " ":
+        return "r" if was == should else "f"
+    if " " in (is_, should):
+        return "s"
+    return "b" if was == should else "w"
 
 
 @functools.lru_cache(maxsize=20_000)

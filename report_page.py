@@ -392,7 +392,8 @@ def batch_seconds(facts: Facts) -> list[tuple[float, float]]:
 def resume_marks(facts: Facts) -> list[tuple[float, str]]:
     """Return where sessions resumed (R) and where the run went back to a checkpoint (B), in batches."""
     found = [(step, "B") for record in facts.run.of("rollback") if (step := numeric(record.get("step"))) is not None]
-    for session in facts.run.status.get("sessions") or []:
+    sessions = facts.run.status.get("sessions")
+    for session in sessions if isinstance(sessions, list) else ():
         words = re.match(r"epoch (\d{1,9}), batch (\d{1,9})/", str(as_dict(session).get("resumed_at", "")))
         if words:
             found.append((step_at(facts, int(words[1]), int(words[2])), "R"))

@@ -6,6 +6,8 @@ Every file may be missing, cut short, or written by somebody else: what cannot b
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -74,8 +76,7 @@ def is_grid(text: Any) -> bool:
     """Return whether a value is a grid as text: 1 to 30 rows of as many digits, "/" between them."""
     if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,30}(?:/[0-9]{1,30}){0,29}", text):
         return False
-    rows = text.split("/")
-    return all(len(row) == len(rows[0]) for row in rows)
+    return len(set(map(len, text.split("/")))) == 1
 
 
 def rows_of(grid: str) -> list[str]:
@@ -94,11 +95,11 @@ def cells_of(grid: str) -> str:
     return grid.replace("/", "")
 
 
+@functools.lru_cache(maxsize=20_000)
 def union_cells(grid: str, target: str) -> float:
     """Return the right cells over the union of both areas, aligned top-left."""
     (h, w), (th, tw) = shape_of(grid), shape_of(target)
-    right = sum(a == b for row, other in zip(rows_of(grid), rows_of(target), strict=False)
-                for a, b in zip(row, other, strict=False))  # fmt: skip
+    right = sum(sum(map(operator.eq, row, other)) for row, other in zip(rows_of(grid), rows_of(target), strict=False))
     return right / (h * w + th * tw - min(h, th) * min(w, tw))
 
 

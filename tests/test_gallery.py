@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,8 +178,8 @@ def test_a_run_leaves_a_file_per_validation_and_a_page(reference):
     assert "report.html" in reference.printed
 
 
-def test_a_resumed_run_leaves_the_same_bytes(reference, drive, tmp_path, monkeypatch):
-    """Killed in epoch 1, with a file of epoch 1 and of one beyond it left behind by an earlier attempt."""
+def test_a_resumed_run_leaves_the_same_bytes_and_so_does_its_backup(reference, drive, monkeypatch):
+    """Stopped in epoch 1, brought back from a backup that also holds files of an attempt that was given up."""
     train_step = driver.train_step
 
     def interrupted(system, query, answer, moment):
@@ -187,28 +188,21 @@ def test_a_resumed_run_leaves_the_same_bytes(reference, drive, tmp_path, monkeyp
         return train_step(system, query, answer, moment)
 
     monkeypatch.setattr(driver, "train_step", interrupted)
-    assert drive(*reference.argv) == 143
+    assert drive(*reference.argv, "--backup", "drive") == 143
     monkeypatch.setattr(driver, "train_step", train_step)
+    kept = Path("drive/demo/predictions")
+    assert sorted(path.name for path in kept.iterdir()) == ["epoch_0000.jsonl", "tasks.jsonl"]
+    assert Path("drive/demo/report.html").is_file()
     for epoch in (1, 2):
-        (RUN / "predictions" / f"epoch_{epoch:04d}.jsonl").write_text("left behind\n")
-    assert drive("--resume") == 0
-    assert differences(comparable(reference.path), comparable(RUN)) == []
-    files = [{p.name: p.read_bytes() for p in (run / "predictions").iterdir()} for run in (reference.path, RUN)]
-    assert files[0] == files[1]
-
-
-def test_a_backup_holds_what_the_report_needs_and_brings_it_back(reference, drive, capsys):
-    assert drive(*reference.argv, "--backup", "drive") == 0
-    stale = Path("drive/demo/predictions/epoch_0007.jsonl")
-    for name in ("tasks.jsonl", "epoch_0000.jsonl", "epoch_0001.jsonl"):
-        there = Path("drive/demo/predictions") / name
-        assert there.read_bytes() == (RUN / "predictions" / name).read_bytes()
-    assert Path("drive/demo/report.html").read_bytes() == (RUN / "report.html").read_bytes()
-    stale.write_text("{}\n")  # of an attempt that was given up
+        (kept / f"epoch_{epoch:04d}.jsonl").write_text("given up\n")
     shutil.rmtree("runs")
-    assert drive("--resume", "drive", "--epochs", "3") == 0
-    assert sorted(p.name for p in (RUN / "predictions").iterdir())[:3] == [f"epoch_{n:04d}.jsonl" for n in range(3)]
-    assert not (RUN / "predictions" / stale.name).exists() and not stale.exists()
+    assert drive("--resume", "drive") == 0
+    payload, records, weights = comparable(RUN)
+    payload["config"]["run"]["backup"] = ""
+    assert differences(comparable(reference.path), (payload, records, weights)) == []
+    places = (reference.path / "predictions", RUN / "predictions", kept)
+    expected, *found = ({path.name: path.read_bytes() for path in place.iterdir()} for place in places)
+    assert found == [expected, expected]
 
 
 def test_what_cannot_be_written_is_a_warning(drive, new_flags, capsys, monkeypatch):
@@ -224,17 +218,15 @@ def test_what_cannot_be_written_is_a_warning(drive, new_flags, capsys, monkeypat
     assert not (RUN / "predictions").exists() and not (RUN / "report.html").exists()
 
 
-def test_a_page_that_takes_long_is_written_at_the_end_only(drive, new_flags, monkeypatch):
-    written, clock = [], iter(range(0, 1_000_000, 3))
-    monkeypatch.setattr(driver, "write_report", lambda folder: written.append(folder))
-    page = driver.write_page
-    moments: list[tuple[bool, int]] = []
-
-    def timed(run, last=False):
-        run.page_seconds = next(clock) and 3.0
-        page(run, last)
-        moments.append((last, len(written)))
-
-    monkeypatch.setattr(driver, "write_page", timed)
-    assert drive(*new_flags("--epochs", "3", "--max-batches", "1")) == 0
-    assert moments == [(False, 1), (False, 1), (False, 1), (True, 2)]
+def test_a_page_that_takes_long_is_written_at_the_end_only(tmp_path, monkeypatch):
+    written: list[Path] = []
+    monkeypatch.setattr(driver, "write_report", written.append)
+    monkeypatch.setattr(driver, "write_curves", written.append)
+    run = SimpleNamespace(page_seconds=0.0, folder=SimpleNamespace(path=tmp_path))
+    driver.write_page(run)
+    assert written == [tmp_path] and 0 < run.page_seconds < driver.MAX_PAGE_SECONDS
+    run.page_seconds = 1.01 * driver.MAX_PAGE_SECONDS
+    driver.write_page(run)
+    assert written == [tmp_path]
+    driver.write_page(run, last=True)
+    assert written == [tmp_path] * 3
