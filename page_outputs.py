@@ -38,7 +38,7 @@ ROWS_BYTES = 2_800_000  # of the gallery of all outputs
 FRAMES_BYTES = 900_000  # of the epochs behind the slider
 MAX_FRAMES = 30
 SIZES = ((3, "up to 3"), (10, "4 to 10"), (20, "11 to 20"), (30, "21 to 30"))  # the longer side of an output
-MEANING = {"w": "wrong", "f": "made right by the refinement", "b": "made wrong by it", "s": "sizes differ",
+MEANING = {"w": "wrong", "f": "made right by the refinement", "b": "made wrong by the refinement", "s": "sizes differ",
            "r": "right"}  # fmt: skip
 KINDS = {"solved": "solved", "nearly": "nearly solved (95 % of the cells)", "size": "wrong size",
          "copy": "copies the input", "worse": "refinement hurt", "better": "refinement helped"}  # fmt: skip
@@ -142,7 +142,7 @@ def caption_of(output: Output) -> str:
     parts = [mark, f"size {size}, true {true}", f"{percent(output.number('cells'))} of the cells"]
     if output.delta:
         parts.append(f"refinement {signed(100 * output.delta, 1)} points")
-    steps = f"{output.number('steps') or 0:.0f} planning steps counted"
+    steps = f"{counted(int(output.number('steps') or 0), 'planning step')} counted"
     parts.append("answered at once by the prior" if output.flag("at_once") else steps)
     parts += [KINDS[kind] for kind in output.kinds if kind in ("nearly", "copy")]
     return "; ".join(parts)
@@ -440,8 +440,8 @@ def section_memory(facts: Facts) -> str:
     said = (
         f"{n('size')} of {n('capacity')} entries; {n('offered')} pairs offered, {n('admissions')} admitted,"
         f" {n('replaced')} replaced, {n('evicted')} removed. Threshold {fixed(numbers.get('theta'))}."
-        f" {percent(numbers.get('hit_rate'))} of the queries in training recalled something; {n('never_used')} entries"
-        " were never used."
+        f" {percent(numbers.get('hit_rate'))} of the queries in training recalled something; {n('never_used')} of the"
+        " entries never came back."
     )
     bars = histogram("scores of the entries", memory.get("scores"), 1.0, numbers.get("theta"), "threshold")
     bars += histogram("age of the entries, in batches", memory.get("ages"), numbers.get("oldest") or 1.0)

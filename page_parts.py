@@ -54,7 +54,7 @@ def as_dict(value: Any) -> dict[str, Any]:
 
 def percent(share: float | None, digits: int = 1) -> str:
     """Return a share in percent."""
-    return DASH if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"
+    return DASH if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}\u00a0%"
 
 
 def signed(value: float | None, digits: int = 3) -> str:

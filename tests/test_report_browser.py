@@ -10,7 +10,9 @@ from browser import Browser, Page, find_browser
 from test_report_page import make_run
 
 from page_compare import write_comparison
+from page_outputs import name_of, pictures_of
 from report_page import write_report
+from run_record import RunRecord
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")
 WIDTHS = (1280, 390)
@@ -107,16 +109,19 @@ def test_digits_are_drawn_over_the_grids_and_go_away(browser, report):
 
 
 def test_the_slider_shows_the_sample_at_each_epoch(browser, report):
-    page = Page(browser, report)
-    state = "JSON.stringify([document.querySelector('#which').innerText, ...[...document.querySelectorAll('#sample" \
-        " .card')].map(c => [c.querySelector('.said').innerText, ...[...c.querySelectorAll('[data-slot]')]" \
-        ".map(i => i.src)])])"  # fmt: skip
-    before, seen = page.value(state), []
+    page, run = Page(browser, report), RunRecord.read(report.parent)
+    state = "[...document.querySelectorAll('#sample .card')].map(c => [c.querySelector('h3').innerText," \
+        " [...c.querySelectorAll('[data-slot]')].map(i => [i.src, i.closest('figure').innerText])])"  # fmt: skip
+    last = page.value(state)
     for place in (0, 1, 2):
         page.value(f"slider.value = {place}; slider.dispatchEvent(new Event('input'))")
-        seen.append(page.value(state))
-    assert len(set(seen)) == 3 and seen[2] == before
-    assert ["epoch 0" in seen[0], "epoch 1" in seen[1], "epoch 2" in seen[2]] == [True] * 3
+        outputs = {name_of(output): output for output in run.validation(place).outputs}
+        found = page.value(state)
+        assert len(found) == 3 and (found == last) == (place == 2)
+        for name, pictures in found:
+            drawn = pictures_of(outputs[name])
+            assert pictures == [["data:image/png;base64," + data, caption] for data, _, _, caption in drawn]
+        assert page.value("document.querySelector('#which').innerText") == f"epoch {place}"
 
 
 def test_filters_and_sorting(browser, report):

@@ -204,8 +204,8 @@ def test_scores_on_the_page_are_those_of_scoring(tmp_path):
         rows = [row[1] for row in report_page.rule_rows(outputs, flags, n)]
         shares = (expected.per_output[n], expected.task_fraction[n], expected.strict[n])
         for cell, share in zip(rows, shares, strict=True):
-            shown = [f"{100 * value:.1f} %" for value in (share.value, share.low, share.high)]
-            assert re.findall(r"[\d.]+ %", cell) == shown
+            shown = [f"{100 * value:.1f}\u00a0%" for value in (share.value, share.low, share.high)]
+            assert re.findall(r"[\d.]+\u00a0%", cell) == shown
     union = mean_over_tasks(outputs, lambda o: report_page.union_cells(o.grid("first"), o.grid("target")))
     assert (union.value, union.low, union.high) == pytest.approx(
         (expected.cells_union.value, expected.cells_union.low, expected.cells_union.high))  # fmt: skip
@@ -421,7 +421,7 @@ def test_an_error_map_tells_wrong_fixed_broken_and_size():
     assert error_map("12/34", "12/34", "123") == "rrs/sss"
     assert set(MARKS) == set(page_parts.SIGNS) == set(page_outputs.MEANING)
     assert page_outputs.marks_words("rrwf/sbww") == (
-        "errors: 3 wrong; 1 made right by the refinement; 1 made wrong by it; 1 sizes differ"
+        "errors: 3 wrong; 1 made right by the refinement; 1 made wrong by the refinement; 1 sizes differ"
     )
 
 
