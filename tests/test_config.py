@@ -422,7 +422,7 @@ def test_help_documents_every_flag_exit_code_and_example(capsys):
         line.split()[0] for line in text.partition("exit codes:")[2].partition("examples:")[0].splitlines() if line
     ]
     assert codes == ["0", "1", "2", "3", "4", "5", "130", "143"]
-    assert text.partition("examples:")[2].count("python trainloop_complete_with_fixes.py") == 6
+    assert text.partition("examples:")[2].count("python trainloop_complete_with_fixes.py") == 7
     assert text.isascii()
 
 
