@@ -17,6 +17,8 @@ from intervals import bootstrap_interval, wilson_interval
 from page_parts import numeric, percent
 from run_record import Output, RunRecord, Validation
 
+MOST = 10**9  # outputs that a log may name
+
 
 @dataclass
 class Facts:
@@ -99,7 +101,13 @@ class Score:
 def share(claims: Iterable[bool]) -> Score:
     """Return a proportion with Wilson's interval."""
     claims = [bool(claim) for claim in claims]
-    right, of = sum(claims), len(claims)
+    return proportion(sum(claims), len(claims))
+
+
+def proportion(right: int, of: int) -> Score:
+    """Return a share with Wilson's interval; counts that make no share, from a damaged log, are brought into range."""
+    of = min(max(of, 0), MOST)
+    right = min(max(right, 0), of)
     return Score(right / of if of else math.nan, *wilson_interval(right, of), f"{right}/{of}")
 
 

@@ -1,7 +1,7 @@
 """Write report.html: what a run has learned, in one file that needs no network, and how two runs differ.
 
 Made from the files of the run folder alone, so that a dead run can be reported on; what is missing is said on the page.
-Imports config, report, intervals and the other modules of the page, no torch. Used by the driver and by verbs.
+Imports config, report and the other modules of the page, no torch. Used by the driver and by verbs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from config import PROGRAM, VERSION, changed_flags
-from intervals import wilson_interval
-from page_facts import Facts, Score, mean_over_tasks, share, solved_tasks
+from page_facts import Facts, Score, mean_over_tasks, proportion, share, solved_tasks
 from page_outputs import (
     section_breakdowns,
     section_gallery,
@@ -84,10 +83,10 @@ def verdict(facts: Facts) -> str:
         return f"No epoch is validated yet: {done} done, status {state}."
     last = facts.scored[-1]
     right, of = (int(numeric(last.get(name)) or 0) for name in ("val_exact", "val_outputs"))
-    low, high = wilson_interval(min(right, of), of)
+    score = proportion(right, of)
     epoch = int(numeric(last.get("epoch")) or 0) + 1
     text = f"{right} of {counted(of, 'test grid')} exact after {counted(epoch, 'epoch')}" \
-        f" ({percent(right / of if of else None)}, 95 % interval {percent(low)} to {percent(high)})"  # fmt: skip
+        f" ({percent(score.value)}, 95 % interval {percent(score.low)} to {percent(score.high)})"  # fmt: skip
     text += beside_prior(last, right)
     solved = solved_tasks(facts.outputs)
     return text + (f" {solved[0]} of {counted(solved[1], 'task')} solved entirely." if solved[1] else "")
@@ -288,7 +287,7 @@ def logged_scores(facts: Facts) -> str:
     for label, names in (("one attempt", ("val_exact", "val_exact_prior", "base_copy_exact", "base_color_exact")),
                          ("two attempts", ("val_two_exact", "val_two_exact_prior"))):  # fmt: skip
         counts = [numeric(last.get(name)) for name in names]
-        cells = [DASH if n is None else share([True] * int(n) + [False] * (of - int(n))).cell() for n in counts]
+        cells = [DASH if n is None else proportion(int(n), of).cell() for n in counts]
         rows.append([f"outputs exact, {label}", *cells, *[DASH] * (4 - len(cells))])
     head = ("", "model", "demonstrations' prior", "copy the input", "one colour")
     return (

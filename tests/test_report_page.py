@@ -318,6 +318,13 @@ def break_grids(path: Path) -> str:
     return "predictions/epoch_0001.jsonl: 5 lines say nothing that can be shown"
 
 
+def huge_numbers_alone(path: Path) -> str:
+    shutil.rmtree(path / "predictions")
+    record = {"event": "epoch", "epoch": 1e300, "val_exact": 1e300, "val_outputs": 1e308, "val_two_exact": -1e300}
+    write(path / "metrics.jsonl", [record])
+    return "From the log alone"
+
+
 DEATHS = {
     "cut metrics": cut_metrics, "damaged metrics": damage_metrics, "no metrics": remove("metrics.jsonl"),
     "no run.json": remove("run.json"), "no config": remove("config.json"), "no env": remove("env.json"),
@@ -329,6 +336,7 @@ DEATHS = {
     "other version": another_version, "no grids": break_grids,
     "huge numbers": fill("metrics.jsonl", '{"event": "epoch", "epoch": 1e300, "step": -5, "val_exact": 1e12,'
                          ' "val_outputs": 3, "loss": "nan"}\n', "3 test grids exact"),
+    "huge numbers and no outputs": huge_numbers_alone,
     "types": fill("metrics.jsonl", '{"event": "batch", "epoch": "a", "batch": [], "step": {}, "t": null,'
                   ' "efe_loss": "inf"}\n', "No epoch is validated yet"),
 }  # fmt: skip
