@@ -95,6 +95,8 @@ class Gallery:
         """
         place = folder / FOLDER
         place.mkdir(exist_ok=True)
+        for left in place.glob(".*.tmp"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         self._write_tasks(place / "tasks.jsonl")
         for path in place.glob("epoch_*.jsonl"):
             if epoch_of(path.name) > epoch:

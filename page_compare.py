@@ -125,9 +125,9 @@ def comparison_html(a: Facts, b: Facts, pairs: Sequence[Pair], found: Sequence[D
     heads = [f"<dt>{letter}</dt><dd><code>{esc(facts.run.name)}</code>, epoch {facts.validation.epoch}</dd>"
              for letter, facts in (("A", a), ("B", b))]  # fmt: skip
     rows = [[esc(d.label), fixed(d.first, 4), fixed(d.second, 4), signed(d.value, 4),
-             f"{signed(d.low, 4)} to {signed(d.high, 4)}", verdict_of(d), str(d.outputs)]
+             f"{signed(d.low, 4)} to {signed(d.high, 4)}", str(d.outputs), verdict_of(d)]
             for d in found if d.outputs]  # fmt: skip
-    names = ("", "A", "B", "B \u2212 A", "95 % interval", "", "outputs")
+    names = ("", "A", "B", "B \u2212 A", "95 % interval", "outputs", "")
     left = [facts.run.name for facts in (a, b) if len(facts.outputs) > len(pairs)]
     more = f" {' and '.join(left)} answered more; only what both answered counts." if left else ""
     said = (

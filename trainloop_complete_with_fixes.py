@@ -548,7 +548,7 @@ class Run:
     seen: dict[str, dict[str, Any]]  # what the weights see, for whoever scores them
     health: Health = field(default_factory=Health)
     baselines: dict[str, float | str] | None = None
-    page_seconds: float = 0.0  # that the last report.html took
+    page_seconds: float = 0.0  # of computing that the last report.html took
     started: float = field(default_factory=time.monotonic)
 
     def batches(self, epoch: int) -> int:
@@ -895,14 +895,14 @@ def write_page(run: Run, last: bool = False) -> None:
     """
     if run.page_seconds > MAX_PAGE_SECONDS and not last:
         return
-    began = time.monotonic()
+    began = time.thread_time()  # a busy machine is no reason to go without the page
     try:
         write_report(run.folder.path)
         if last:
             write_curves(run.folder.path)
     except Exception as problem:
         run.console.warn(f"report.html not written ({type(problem).__name__}: {problem}); training goes on")
-    run.page_seconds = time.monotonic() - began
+    run.page_seconds = time.thread_time() - began
 
 
 Weights = tuple[dict[str, Tensor], dict[str, Any]]

@@ -26,8 +26,9 @@ RUN = Path("runs/demo")
 @pytest.fixture(scope="module")
 def watched(make_lab, tasks) -> tuple[Lab, list, Gallery, dict]:
     """Return a trained lab whose memory holds something, its items, the gallery of a validation, and its scores."""
-    lab = make_lab("--memory-similarity", "-1", "--answer-confidence", "2", "--lr", "3e-2", "--muon-lr", "3e-2")
-    for k in range(4):  # so that the planner listens to its prompt
+    lab = make_lab("--memory-similarity", "-1", "--answer-confidence", "2", "--lr", "3e-2", "--muon-lr", "3e-2",
+                   "--refine", "mean")  # fmt: skip
+    for k in range(3):  # so that the planner listens to its prompt
         lab.step(k, rewarded=False)
     remember(lab, tasks)
     items = test_contexts(tasks)
@@ -83,6 +84,7 @@ def test_tasks_are_written_once_and_joined_when_others_are_validated(watched, ta
     lab, items, gallery, _ = watched
     gallery.write(tmp_path, epoch=0, step=1)
     path = tmp_path / "predictions" / "tasks.jsonl"
+    (path.parent / ".epoch_0000.jsonl.99.tmp").write_text("half a li")
     rows, stamp = lines(path), path.stat().st_mtime_ns
     assert [row["task"] for row in rows] == [c.task_id for c, _ in items]
     for row, task in zip(rows, tasks, strict=True):
@@ -90,6 +92,7 @@ def test_tasks_are_written_once_and_joined_when_others_are_validated(watched, ta
         assert row["demonstrations"] == [[grid_text(p.input), grid_text(p.output)] for p in task.train]
     gallery.write(tmp_path, epoch=1, step=2)
     assert path.stat().st_mtime_ns == stamp
+    assert sorted(p.name for p in path.parent.iterdir()) == ["epoch_0000.jsonl", "epoch_0001.jsonl", "tasks.jsonl"]
     other = [ArcTask("other", tasks[0].train, tasks[0].test)]
     validated = Gallery(test_contexts(other), lab.system.memory, tasks)
     validate(lab.system, lab.runtime, test_contexts(other), 4096, watcher=validated)
@@ -146,7 +149,7 @@ def test_watching_a_validation_changes_nothing(make_lab, tasks, watched):
     """Neither the scores, nor any random state, nor the system."""
     items, outcomes = test_contexts(tasks), []
     for with_gallery in (False, True):
-        lab = make_lab("--memory-similarity", "-1")
+        lab = make_lab("--memory-similarity", "-1", "--refine-samples", "2")
         remember(lab, tasks)
         lab.step(0)
         gallery = Gallery(items, lab.system.memory, tasks) if with_gallery else None
