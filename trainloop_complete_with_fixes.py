@@ -159,6 +159,7 @@ from solver2 import Candidates
 MAX_BAD_STEPS = 20
 MAX_ROLLBACKS = 3
 MAX_PAGE_SECONDS = 2.0  # a page that takes longer is written at the end of a session only
+PAGE_SHARE = 0.05  # of the time that pages may take
 EPOCHS_AHEAD = 20  # epochs whose batches are looked at before training when --max-batches leaves some out
 
 
@@ -549,6 +550,7 @@ class Run:
     health: Health = field(default_factory=Health)
     baselines: dict[str, float | str] | None = None
     page_seconds: float = 0.0  # of computing that the last report.html took
+    page_written: float = 0.0  # when
     started: float = field(default_factory=time.monotonic)
 
     def batches(self, epoch: int) -> int:
@@ -889,12 +891,15 @@ def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
 
 
 def write_page(run: Run, last: bool = False) -> None:
-    """Write report.html, and with `last` curves.png; but for the last time only while that takes MAX_PAGE_SECONDS.
+    """Write report.html, and with `last` curves.png; without it only while that costs little.
 
-    Whatever goes wrong with a page is a warning: training does not depend on it, and the command report makes it again.
+    That is at most MAX_PAGE_SECONDS, and PAGE_SHARE of the time since the last page. Whatever goes wrong with a page is
+    a warning: training does not depend on it, and the command report makes it again.
     """
-    if run.page_seconds > MAX_PAGE_SECONDS and not last:
+    now = time.monotonic()
+    if not last and run.page_seconds > min(MAX_PAGE_SECONDS, PAGE_SHARE * (now - run.page_written)):
         return
+    run.page_written = now
     began = time.thread_time()  # a busy machine is no reason to go without the page
     try:
         write_report(run.folder.path)
