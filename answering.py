@@ -102,6 +102,15 @@ def settings_of(facts: Mapping[str, Any], answers: AnswerConfig) -> TrainConfig:
                               "use the version that trained them") from error
 
 
+def task_count(facts: Mapping[str, Any]) -> int:
+    """Return how many tasks the weights were trained on. Raises: CheckpointError unless that many are named."""
+    count, named = facts.get("num_tasks"), facts.get("tasks")
+    if not isinstance(named, list) or count != len(named):
+        raise CheckpointError("config.json does not name the tasks that the weights were trained on",
+                              "give the best/ folder of a run of this version")  # fmt: skip
+    return len(named)
+
+
 def require_fit(system: ARCSystem, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors of other names or shapes than the settings make. Raises: CheckpointError naming each."""
     here = {name: tuple(x.shape) for name, x in system.export_state()[0].items() if not name.startswith("memory.")}
@@ -233,7 +242,7 @@ class Solver:
         device = choose_device(answers.device)
         runtime = choose_runtime(device, answers.precision)
         with contextlib.redirect_stdout(sys.stderr):  # what loading a model says; stdout may be for JSON alone
-            system = ARCSystem(config, int(facts.get("num_tasks", 0)))
+            system = ARCSystem(config, task_count(facts))
         require_fit(system, tensors)
         try:
             system.import_state(tensors, facts)

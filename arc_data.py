@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -15,7 +16,6 @@ import reprlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +29,10 @@ from config import MAX_INFLATED, DataConfig, UnsafeFileError, check_inflation, o
 PAD = -100  # value outside a grid; the ignore index of cross-entropy
 NUM_COLORS = 10
 MAX_SIDE = 30
-SIDES = (3, 6, 9, 12, 15, 18, 21, 24, 27, 30)  # canvases are squares of these sides, so compiled graphs are few
 Grid = np.ndarray  # uint8 [h, w], read-only
 
-_CANVAS = np.array([next(side for side in SIDES if side >= n) for n in range(1, MAX_SIDE + 1)])
 _SPLITS = {"train": ("training", "train"), "eval": ("evaluation", "eval")}
-_OPEN_BATCHES = 12  # how many of the latest batches may still take a task
+_OPEN_BATCHES = 50  # how many of the latest batches may still take a task
 _MAX_FILE = 50_000_000  # bytes of one file of a folder
 _MAX_TABLE = 500_000_000  # bytes of a file that the user names: all tasks of a data set
 _MAX_ID = 200  # characters
@@ -429,11 +427,11 @@ class Augmentation:
         """Return whether height and width change places."""
         return (self.dihedral >= 4) != (self.dihedral % 2 == 1)
 
-    @cached_property
+    @functools.cached_property
     def _forward(self) -> np.ndarray:
         return np.array(self.colors, np.uint8)
 
-    @cached_property
+    @functools.cached_property
     def _backward(self) -> np.ndarray:
         return np.argsort(self._forward).astype(np.uint8)
 
@@ -511,7 +509,7 @@ class Context:
 class Query:
     """What a solver may see of a batch; tensors are int64, PAD outside the grids, B queries, N shared pairs.
 
-    input [B, Hi, Wi]; input_size [B, 2]; demo_input, demo_output [N, Hd, Wd] on one common canvas;
+    input [B, Hi, Wi]; input_size [B, 2]; demo_input [N, Hd, Wd] and demo_output [N, He, We], each on its own canvas;
     demo_input_size, demo_output_size [N, 2]; demo_index [B, P] rows of demo_* that query b may read, -1 for none, never
     its own pair; task_slot [B] = task_index + 1, 0 unknown; dihedral [B]; color_permutation [B, 10] old -> new.
     """
@@ -564,6 +562,11 @@ class Answer:
         """Return True on the target's cells, bool [B, Ho, Wo]."""
         return self.target != PAD
 
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Return (Ho, Wo)."""
+        return self.target.shape[1], self.target.shape[2]
+
     def to(self, device: torch.device | str) -> Answer:
         """Return a copy on `device`."""
         return _to(self, device)
@@ -577,17 +580,15 @@ def _to(batch: Any, device: torch.device | str) -> Any:
     return type(batch)(**moved)
 
 
-def canvas_side(n: int) -> int:
-    """Return the smallest side of SIDES that holds n cells, 1 <= n <= 30."""
-    assert 1 <= n <= MAX_SIDE, f"side {n}"
-    return int(_CANVAS[n - 1])
+def canvas_shape(canvas: int | tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) of a canvas; a single number stands for a square."""
+    return (canvas, canvas) if isinstance(canvas, int) else canvas
 
 
-def _canvas(grids: Sequence[Grid], side: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return (cells [n, side, side] padded with PAD, sizes [n, 2]), both int64; side 0: the smallest that fits."""
-    sizes = np.array([grid.shape for grid in grids], np.int64).reshape(len(grids), 2)
-    side = side or canvas_side(int(sizes.max(initial=1)))
-    cells = np.full((len(grids), side, side), PAD, np.int64)
+def _canvas(grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (cells [n, h, w] of the smallest canvas that holds them, PAD outside, sizes [n, 2]), both int64."""
+    sizes = np.array([grid.shape for grid in grids], np.int64)
+    cells = np.full((len(grids), *sizes.max(0)), PAD, np.int64)
     for row, grid in zip(cells, grids, strict=True):
         row[: grid.shape[0], : grid.shape[1]] = grid
     return cells, sizes
@@ -596,30 +597,29 @@ def _canvas(grids: Sequence[Grid], side: int = 0) -> tuple[np.ndarray, np.ndarra
 def collate(contexts: Sequence[Context], answers: Sequence[Grid] | None = None) -> tuple[Query, Answer | None]:
     """Return the padded batch of `contexts`, each seen under its own augmentation, and of the unaugmented `answers`.
 
-    Canvases are square, one side per role (input, demonstrations, output). A demonstration that several contexts of one
-    task and augmentation share (the same arrays) becomes one row of demo_*.
+    Each role (input, output, the demonstrations' inputs and outputs) has one canvas, the smallest rectangle that holds
+    its grids. A demonstration that several contexts of one task and augmentation share (the same arrays) becomes one
+    row of demo_*.
     """
     assert contexts and all(context.demonstrations for context in contexts), "a context without demonstrations"
-    rows: dict[tuple, int] = {}
+    rows = _demonstration_rows(contexts)
     demo_inputs, demo_outputs, inputs, index = [], [], [], []
     for context in contexts:
         apply, own = context.augmentation.apply, []
         for a, b in context.demonstrations:
-            key = (context.task_id, context.augmentation, id(a), id(b))
-            if key not in rows:
-                rows[key] = len(rows)
+            row = rows[context.task_id, context.augmentation, id(a), id(b)]
+            if row == len(demo_inputs):
                 demo_inputs.append(apply(a))
                 demo_outputs.append(apply(b))
-            own.append(rows[key])
+            own.append(row)
         index.append(own)
         inputs.append(apply(context.input))
     demo_index = np.full((len(contexts), max(map(len, index))), -1, np.int64)
     for slots, own in zip(demo_index, index, strict=True):
         slots[: len(own)] = own
-    side = canvas_side(max(max(grid.shape) for grid in demo_inputs + demo_outputs))
     arrays = [
         *_canvas(inputs),
-        *(item for pair in zip(_canvas(demo_inputs, side), _canvas(demo_outputs, side), strict=True) for item in pair),
+        *(item for pair in zip(_canvas(demo_inputs), _canvas(demo_outputs), strict=True) for item in pair),
         demo_index,
         np.array([context.task_index + 1 for context in contexts], np.int64),
         np.array([context.augmentation.dihedral for context in contexts], np.int64),
@@ -630,6 +630,38 @@ def collate(contexts: Sequence[Context], answers: Sequence[Grid] | None = None) 
         return query, None
     targets = [context.augmentation.apply(grid) for context, grid in zip(contexts, answers, strict=True)]
     return query, Answer(*map(torch.from_numpy, _canvas(targets)), shapes=tuple(grid.shape for grid in targets))
+
+
+def _demonstration_rows(contexts: Sequence[Context]) -> dict[tuple[str, Augmentation, int, int], int]:
+    """Return the row of demo_* of each demonstration, by task, view and identity of its grids."""
+    rows: dict[tuple[str, Augmentation, int, int], int] = {}
+    for context in contexts:
+        for a, b in context.demonstrations:
+            rows.setdefault((context.task_id, context.augmentation, id(a), id(b)), len(rows))
+    return rows
+
+
+def rows_of_own_input(
+    contexts: Sequence[Context], shapes: Sequence[tuple[int, int]], within_input: bool = False
+) -> list[int]:
+    """Return, of a collated batch, the row of demo_* with each query's input and an output of its shape; -1 for none.
+
+    Such a row is the query's own pair, shown to other queries of its task. What follows from the input and the two
+    sizes alone is the same there and need not be computed twice; nothing else of the row is the query's to see.
+    within_input: only where the output lies within the input's rectangle.
+    """
+    rows, found = _demonstration_rows(contexts), {}
+    for context in contexts:
+        task, view = context.task_id, context.augmentation
+        for a, b in context.demonstrations:
+            found[task, view, id(a), view.apply_shape(b.shape)] = rows[task, view, id(a), id(b)]
+    own = []
+    for context, (height, width) in zip(contexts, shapes, strict=True):
+        rows_in, cols_in = context.augmentation.apply_shape(context.input.shape)
+        wanted = not within_input or (height <= rows_in and width <= cols_in)
+        key = (context.task_id, context.augmentation, id(context.input), (height, width))
+        own.append(found.get(key, -1) if wanted else -1)
+    return own
 
 
 # 4. Batches --------------------------------------------------------------------------------------------------------
@@ -661,10 +693,11 @@ def segments_after(
 class TaskSampler:
     """Batches of demonstration pairs, each predicted from the other demonstrations of its task (leave-one-out).
 
-    A task with a single demonstration has nothing to be read for it and is left out. The cost of a pair is
-    cells of its input canvas + cells of its output canvas; a batch costs at most `batch_cells`, unless one pair alone
-    costs more. Pairs of one task stay together (one augmentation, demonstrations shared) unless the task alone exceeds
-    the budget. With config.batch_size > 0 a batch is that many pairs, whatever they cost.
+    A task with a single demonstration has nothing to be read for it and is left out. The cost of a pair is cells of
+    its input canvas + cells of its output canvas, the rectangles that hold the grids of its batch; a batch costs at
+    most `batch_cells`, unless one pair alone costs more. Pairs of one task stay together (one augmentation,
+    demonstrations shared) unless the task alone exceeds the budget. With config.batch_size > 0 a batch is that many
+    pairs, whatever they cost.
     Every pair comes exactly once per epoch, also where the batch size changes within it (`continue_epoch`): the plan is
     a pure function of (seed, epoch, segments), and batch(epoch, k) of that and k.
     """
@@ -676,8 +709,7 @@ class TaskSampler:
         self.augment, self.batch_size, self.batch_cells = config.augment, config.batch_size, batch_cells
         self._continued: tuple[int, tuple[Segment, ...]] = (-1, ())
         self._used = [t for t, task in enumerate(self.tasks) if len(task.train) > 1]
-        # per used task: canvas sides [pairs, 2] of (output, input)
-        self._sides = {t: _pair_sides(self.tasks[t]) for t in self._used}
+        self._shapes = {t: _pair_shapes(self.tasks[t]) for t in self._used}
         self.num_pairs = sum(len(self.tasks[t].train) for t in self._used)
         if not self.num_pairs:
             raise DataError("no task has two or more example pairs, so there is nothing to train on")
@@ -710,11 +742,15 @@ class TaskSampler:
 
         The parts are as equal as can be, the larger ones first, and each lies on the smallest canvases that hold it.
         """
+        return [collate(*piece) for piece in self.pieces(epoch, k, count)]
+
+    def pieces(self, epoch: int, k: int, count: int) -> list[tuple[list[Context], list[Grid]]]:
+        """Return what `parts` makes batches of: the contexts and the answers of each part."""
         contexts, answers = self._items(epoch, k)
         count = max(1, min(count, len(contexts)))
         each, more = divmod(len(contexts), count)
         starts = [i * each + min(i, more) for i in range(count + 1)]
-        return [collate(contexts[a:b], answers[a:b]) for a, b in itertools.pairwise(starts)]
+        return [(contexts[a:b], answers[a:b]) for a, b in itertools.pairwise(starts)]
 
     def _items(self, epoch: int, k: int) -> tuple[list[Context], list[Grid]]:
         """Return what is to be predicted in batch k of `epoch`, and the answers."""
@@ -722,11 +758,20 @@ class TaskSampler:
         for t, p in self._plan(epoch)[k]:
             task = self.tasks[t]
             if t not in views:
-                views[t] = draw_augmentation(self.augment, generator(self.seed, "augment", epoch, task.id))
+                views[t] = self._view(epoch, t)
             others = tuple((pair.input, pair.output) for i, pair in enumerate(task.train) if i != p)
             contexts.append(Context(task.id, f"train:{p}", others, task.train[p].input, views[t], t))
             answers.append(task.train[p].output)
         return contexts, answers
+
+    def _view(self, epoch: int, t: int) -> Augmentation:
+        """Return the augmentation of task t in `epoch`."""
+        return draw_augmentation(self.augment, generator(self.seed, "augment", epoch, self.tasks[t].id))
+
+    def _turned_shapes(self, epoch: int, t: int) -> np.ndarray:
+        """Return the heights and widths [pairs, 4] of the outputs and inputs of task t as `epoch` sees them."""
+        shapes = self._shapes[t]
+        return shapes[:, [1, 0, 3, 2]] if self._view(epoch, t).transposes else shapes
 
     def _plan(self, epoch: int) -> list[list[tuple[int, int]]]:
         """Return the batches of `epoch` as lists of (task, pair)."""
@@ -753,66 +798,75 @@ class TaskSampler:
         """Return the pairs of `epoch` that are not in `done`, packed with one size; `number` counts the sizes."""
         rng = generator(self.seed, "plan", epoch, number) if number else generator(self.seed, "plan", epoch)
         gone = {pair for batch in done for pair in batch}
-        left = {t: [p for p in range(len(self._sides[t])) if (t, p) not in gone] for t in self._used}
+        left = {t: [p for p in range(len(self._shapes[t])) if (t, p) not in gone] for t in self._used}
         budget = math.inf if batch_size else batch_cells
         tasks = [t for t in self._used if left[t]]
-        pieces = [piece for t in rng.permutation(tasks) for piece in self._pieces(int(t), left[t], budget, rng)]
+        pieces = [
+            piece for t in map(int, rng.permutation(tasks))
+            for piece in _pieces(t, self._turned_shapes(epoch, t), left[t], budget, rng)
+        ]
         pieces.sort(key=lambda piece: piece[0])  # stable: equal canvases keep the random order
         if batch_size:
             pairs = [pair for _, piece in pieces for pair in piece]
             batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
         else:
-            batches = self._pack(pieces, batch_cells)
+            batches = _pack(pieces, batch_cells)
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def _pieces(
-        self, t: int, left: list[int], budget: float, rng: np.random.Generator
-    ) -> list[tuple[tuple[int, int], list[tuple[int, int]]]]:
-        """Return the pairs `left` of task t as pieces ((output side, input side), [(t, pair), ...]) in the budget."""
-        sides = self._sides[t]
-        order = [left[i] for i in rng.permutation(len(left))]
-        top = tuple(int(side) for side in sides[left].max(0))
-        if len(left) * _cost(top) <= budget:
-            return [(top, [(t, p) for p in order])]
-        order = sorted(order, key=lambda p: tuple(sides[p]))
-        pieces: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []
-        for p in order:
-            last, members = pieces[-1] if pieces else ((0, 0), [])
-            joint = (max(last[0], int(sides[p][0])), max(last[1], int(sides[p][1])))
-            if members and (len(members) + 1) * _cost(joint) <= budget:
-                pieces[-1] = (joint, [*members, (t, p)])
-            else:
-                pieces.append(((int(sides[p][0]), int(sides[p][1])), [(t, p)]))
-        return pieces
 
-    @staticmethod
-    def _pack(
-        pieces: list[tuple[tuple[int, int], list[tuple[int, int]]]], batch_cells: int
-    ) -> list[list[tuple[int, int]]]:
-        """Return batches within the budget: each piece joins the recent batch where its canvas wastes least."""
-        batches: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []
-        for sides, members in pieces:
-            own = len(members) * _cost(sides)
-            choice = (own // 2 + 1, len(batches), sides)  # more padding than half the piece: open a batch
-            for k in range(max(0, len(batches) - _OPEN_BATCHES), len(batches)):
-                top, filled = batches[k]
-                joint = (max(top[0], sides[0]), max(top[1], sides[1]))
-                cost = (len(filled) + len(members)) * _cost(joint)
-                if cost <= batch_cells:
-                    choice = min(choice, (cost - own - len(filled) * _cost(top), k, joint))
-            if choice[1] == len(batches):
-                batches.append((sides, list(members)))
-            else:
-                batches[choice[1]] = (choice[2], batches[choice[1]][1] + members)
-        return [members for _, members in batches]
+# Heights and widths of the canvases of outputs and inputs, and pairs (task, pair) that lie on them together.
+_Sides = tuple[int, int, int, int]
+_Piece = tuple[_Sides, list[tuple[int, int]]]
 
 
-def _pair_sides(task: ArcTask) -> np.ndarray:
-    return np.array([[canvas_side(max(pair.output.shape)), canvas_side(max(pair.input.shape))] for pair in task.train])
+def _pair_shapes(task: ArcTask) -> np.ndarray:
+    """Return [pairs, 4]: height and width of each output and input."""
+    return np.array([(*pair.output.shape, *pair.input.shape) for pair in task.train])
 
 
-def _cost(sides: tuple[int, int]) -> int:
-    return sides[0] ** 2 + sides[1] ** 2
+def _pieces(t: int, shapes: np.ndarray, left: list[int], budget: float, rng: np.random.Generator) -> list[_Piece]:
+    """Return the pairs `left` of task t, whose pairs have `shapes` [pairs, 4], as pieces in the budget."""
+    order = [left[i] for i in rng.permutation(len(left))]
+    sides: dict[int, _Sides] = {p: tuple(map(int, shapes[p])) for p in order}
+    top = functools.reduce(_joint, sides.values())
+    if len(left) * _cost(top) <= budget:
+        return [(top, [(t, p) for p in order])]
+    pieces: list[_Piece] = []
+    for p in sorted(order, key=sides.__getitem__):
+        last, members = pieces[-1] if pieces else (sides[p], [])
+        joint = _joint(last, sides[p])
+        if members and (len(members) + 1) * _cost(joint) <= budget:
+            pieces[-1] = (joint, [*members, (t, p)])
+        else:
+            pieces.append((sides[p], [(t, p)]))
+    return pieces
+
+
+def _pack(pieces: list[_Piece], batch_cells: int) -> list[list[tuple[int, int]]]:
+    """Return batches within the budget: each piece joins the recent batch where its canvas wastes least."""
+    batches: list[_Piece] = []
+    for sides, members in pieces:
+        own = len(members) * _cost(sides)
+        choice = (own // 4 + 1, len(batches), sides)  # more padding than a quarter of the piece: open a batch
+        for k in range(max(0, len(batches) - _OPEN_BATCHES), len(batches)):
+            top, filled = batches[k]
+            joint = _joint(top, sides)
+            cost = (len(filled) + len(members)) * _cost(joint)
+            if cost <= batch_cells:
+                choice = min(choice, (cost - own - len(filled) * _cost(top), k, joint))
+        if choice[1] == len(batches):
+            batches.append((sides, list(members)))
+        else:
+            batches[choice[1]] = (choice[2], batches[choice[1]][1] + members)
+    return [members for _, members in batches]
+
+
+def _joint(a: _Sides, b: _Sides) -> _Sides:
+    return tuple(map(max, a, b))
+
+
+def _cost(sides: _Sides) -> int:
+    return sides[0] * sides[1] + sides[2] * sides[3]
 
 
 def test_contexts(
@@ -860,14 +914,14 @@ def evaluation_batches(items: Sequence[tuple[Context, Any]], batch_cells: int) -
 
     The cost of an item is its input canvas + the canvas of its largest demonstration; the answer is never looked at.
     """
-    sides = []
+    sides: list[_Sides] = []
     for context, _ in items:
-        shown = max(max(grid.shape) for pair in context.demonstrations for grid in pair)
-        sides.append((canvas_side(shown), canvas_side(max(context.input.shape))))
+        shown = np.array([grid.shape for pair in context.demonstrations for grid in pair]).max(0)
+        sides.append((*map(int, shown), *context.input.shape))
     batches: list[list[int]] = []
-    top = (0, 0)
+    top = (0, 0, 0, 0)
     for i in sorted(range(len(items)), key=lambda i: (sides[i], i)):
-        joint = (max(top[0], sides[i][0]), max(top[1], sides[i][1]))
+        joint = _joint(top, sides[i])
         if batches and (len(batches[-1]) + 1) * _cost(joint) <= batch_cells:
             batches[-1].append(i)
             top = joint

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arc_data import PAD, Answer, Query, canvas_side
+from arc_data import PAD, Answer, Query, canvas_shape, rows_of_own_input
 from config import ConfigError, TrainConfig
+from distributed import WHOLE, Share
 from grid_accuracy_loss import ARCPromptGuidedAgent, Reading, Trajectory, cell_nats, with_backward
 from loss_function import EFELoss
+from muon import Muon
 from policy_refined import PolicyRefinedAgent, PolicyTerms, Proposal
 from prior_cache import PriorCache
 from qwen_hybrid_prompt import Prompt, QwenHybridPrompt
@@ -116,6 +118,16 @@ def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
+def to_host(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors on the host, bit for bit and without graphs, after a single copy from their device."""
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())  # so each starts at a whole element
+    raw = [tensors[i].detach().contiguous().view(-1).view(torch.uint8) for i in order]
+    found: dict[int, Tensor] = {}
+    for i, part in zip(order, torch.cat(raw).cpu().split([len(x) for x in raw]), strict=True):
+        found[i] = part.view(tensors[i].dtype).view(tensors[i].shape)
+    return [found[i] for i in range(len(tensors))]
+
+
 # The system ----------------------------------------------------------------------------------------------------------
 
 
@@ -180,42 +192,49 @@ class ARCSystem(nn.Module):
         canonical = self.prior.canonical(query)
         return Scene(features, size_log_prob, size_logits, prompt, embedding, recall, canonical)
 
-    def preference(self, query: Query, scene: Scene, size: Tensor | Sequence[tuple[int, int]], side: int) -> Tensor:
-        """Return the preference C [B, side, side, 10] for outputs of the given size, with what the memory adds.
+    def preference(
+        self, query: Query, scene: Scene, size: Tensor | Sequence[tuple[int, int]], canvas: int | tuple[int, int]
+    ) -> Tensor:
+        """Return the preference C [B, H, W, 10] for outputs of the given size, with what the memory adds.
 
-        Sizes given as plain numbers spare a wait for the device.
+        Sizes given as plain numbers spare a wait for the device. `canvas` is (H, W), or the side of a square.
         """
-        log_prob = self.prior.preferences(query, size, side)
+        log_prob = self.prior.preferences(query, size, canvas)
         if self.memory_reader is None:
             return log_prob
-        seen = on_canvas(query.input, side)
+        seen = on_canvas(query.input, canvas)
         return self.memory_reader.extend_preference(log_prob, scene.recall, scene.canonical, seen)
 
     def read(
-        self, query: Query, scene: Scene, size: Tensor, side: int, shapes: Sequence[tuple[int, int]] = ()
-    ) -> tuple[Reading, Tensor]:
-        """Return the reading for outputs of `size` on a side x side canvas, and the preference C it started from.
+        self, query: Query, scene: Scene, size: Tensor, canvas: int | tuple[int, int],
+        shapes: Sequence[tuple[int, int]] = (),
+    ) -> tuple[Reading, Tensor]:  # fmt: skip
+        """Return the reading for outputs of `size` on a canvas (H, W), and the preference C it started from.
 
         `shapes`: the sizes as plain numbers, if the caller has them.
         """
-        preference = self.preference(query, scene, shapes or size, side)
-        return self.agent.read(query, size, side, preference=preference), preference
+        preference = self.preference(query, scene, shapes or size, canvas)
+        own = rows_of_own_input(query.contexts, shapes) if shapes else ()
+        return self.agent.read(query, size, canvas, preference=preference, own_rows=own), preference
 
     def plan(self, scene: Scene, reading: Reading, embedding: Tensor) -> Trajectory:
         """Return the forward trajectory under the prompt `embedding` [B, Dp]."""
         return self.agent.plan(reading, embedding, scene.size_logits)
 
     def plan_both_ways(
-        self, query: Query, scene: Scene, reading: Reading, embedding: Tensor, grid: Tensor, size: Tensor
-    ) -> Trajectory:
+        self, query: Query, scene: Scene, reading: Reading, embedding: Tensor, grid: Tensor, size: Tensor,
+        shapes: Sequence[tuple[int, int]] = (),
+    ) -> Trajectory:  # fmt: skip
         """Return the forward trajectory with the backward beliefs that start at `grid` (the target while training).
 
-        Without them where nothing weighs them.
+        Without them where nothing weighs them. `shapes`: the sizes of the grids as plain numbers, if they are the
+        targets; those that are demonstrations of other queries are then embedded once.
         """
         trajectory = self.plan(scene, reading, embedding)
         if not self.plans_backward:
             return trajectory
-        return with_backward(trajectory, self.agent.plan_backward(query, grid, size, embedding))
+        own = rows_of_own_input(query.contexts, shapes, within_input=True) if shapes else ()
+        return with_backward(trajectory, self.agent.plan_backward(query, grid, size, embedding, own))
 
     @property
     def plans_backward(self) -> bool:
@@ -295,7 +314,7 @@ def rate(
 
 
 def agreement_with_input(query: Query, backward: Tensor) -> Tensor:
-    """Return the share [B] of input cells that the backward beliefs [B, T, F, F, C] end at."""
+    """Return the share [B] of input cells that the backward beliefs [B, T, F, G, C] end at."""
     return cells_union(backward[:, 0].argmax(-1), query.input_size, query.input, query.input_size)
 
 
@@ -311,7 +330,7 @@ class Judgement(NamedTuple):
 
 def score_refinements(
     system: ARCSystem, query: Query, answer: Answer, scene: Scene, reading: Reading, proposal: Proposal,
-    refined: Tensor, trajectory: Trajectory, progress: float,
+    refined: Tensor, trajectory: Trajectory, progress: float, share: Share = WHOLE,
 ) -> Judgement:  # fmt: skip
     """Return what the proposed refinements are worth.
 
@@ -340,20 +359,22 @@ def score_refinements(
         move = (prompts - scene.embedding)[tried][best, torch.arange(len(best), device=best.device)]
         move = torch.where(highest[:, None] > 0, move, 0.0)
     scale = system.policy.curiosity_scale(progress)
-    terms = system.policy.losses(proposal, reward[1:], scale, next_state)
+    terms = system.policy.losses(proposal, reward[1:], scale, next_state, share)
     gain = shaping_reward(rated[2], rated[1]) if len(plain) == 2 else None
     return Judgement(terms, change[0], gain, move)
 
 
-def on_canvas(grid: Tensor, side: int) -> Tensor:
-    """Return grids [B, H, W] cut or padded with PAD to [B, side, side]."""
-    grown = F.pad(grid, (0, max(side - grid.shape[-1], 0), 0, max(side - grid.shape[-2], 0)), value=PAD)
-    return grown[:, :side, :side]
+def on_canvas(grid: Tensor, canvas: int | tuple[int, int]) -> Tensor:
+    """Return grids [B, H, W] cut or padded with PAD to a canvas: (height, width), or the side of a square."""
+    height, width = canvas_shape(canvas)
+    grown = F.pad(grid, (0, max(width - grid.shape[-1], 0), 0, max(height - grid.shape[-2], 0)), value=PAD)
+    return grown[:, :height, :width]
 
 
-def canvas_for(sizes: Tensor) -> int:
-    """Return the canvas side that holds every size [B, 2]; reads the tensor on the host."""
-    return canvas_side(int(sizes.max()))
+def canvas_for(sizes: Tensor) -> tuple[int, int]:
+    """Return the canvas (height, width) that holds every size [B, 2]; reads the tensor on the host."""
+    height, width = sizes.amax(0).tolist()
+    return height, width
 
 
 # Optimizers, schedule, averaged weights ------------------------------------------------------------------------------
@@ -425,7 +446,7 @@ def build_optimizers(system: ARCSystem) -> Optimizers:
         {"params": llm, "lr": llm_lr, "weight_decay": config.weight_decay},
     ]
     main: dict[str, torch.optim.Optimizer] = {
-        "muon": torch.optim.Muon(
+        "muon": Muon(
             muon, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         ),
         "adamw": torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95)),

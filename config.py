@@ -442,6 +442,36 @@ def flag_of(path: str) -> str:
     return "--" + path.rpartition(".")[2].replace("_", "-")
 
 
+def read_config_file(path: str) -> TrainConfig:
+    """Return the settings of a .json or .yaml file, the others at their defaults.
+
+    It holds what --print-config shows, or part of it; a run's config.json is taken as well.
+    Raises: ConfigError naming the file and what is wrong with it.
+    """
+    try:
+        content = read_regular(Path(path).expanduser(), MAX_CONFIG, follow=True)
+        if path.lower().endswith((".yaml", ".yml")):
+            import yaml
+
+            data = yaml.safe_load(content)
+        else:
+            data = parse_json(content)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--config: cannot read {path} ({reason})", "--print-config > FILE writes one") from error
+    except ImportError as error:
+        raise ConfigError("--config: .yaml needs the package pyyaml", "pip install pyyaml, or use .json") from error
+    except Exception as error:  # yaml has many
+        raise ConfigError(f"--config: {path} is damaged ({one_line(error, 150)})",
+                          "--print-config shows the form") from error  # fmt: skip
+    if isinstance(data, dict) and isinstance(data.get("config"), dict):
+        data = data["config"]
+    try:
+        return from_dict(TrainConfig, data)
+    except ConfigError as error:
+        raise ConfigError(f"--config: {path}: {error}", error.hint or "--print-config shows the form") from error
+
+
 def with_values(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     """Return the settings with some replaced; keys are "section.field"."""
     sections: dict[str, dict[str, Any]] = {}
@@ -742,6 +772,7 @@ class CommandLine:
 
     config: TrainConfig
     explicit: set[str]
+    file: str = ""  # that settings were taken from
     resume: str | None = None  # None: off; "latest", "auto", or a run's name or path
     fresh: bool = False
     dry_run: bool = False
@@ -768,6 +799,20 @@ class AnswerCommand:
     debug: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoctorCommand:
+    """What the user typed after doctor. `run`: the run to look at closely, by name or folder."""
+
+    run: str = ""
+    device: str = "auto"
+    model: str = "auto"
+    offline: bool = False
+    out: str = "runs"
+    cache_dir: str = ""
+    quiet: bool = False
+    debug: bool = False
+
+
 SMOKE = {"prompt.model": "tiny", "agent.preset": "tiny", "data.max_tasks": 16, "run.epochs": 1}
 
 EPILOG = f"""\
@@ -789,6 +834,7 @@ examples:
   python {PROGRAM} predict my_task.json
   python {PROGRAM} submit --data challenges.json
   python {PROGRAM} report
+  python {PROGRAM} doctor
 """
 
 
@@ -854,10 +900,14 @@ def _bare_parser(usage: str, description: str, epilog: str) -> tuple[argparse.Ar
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the training command."""
     parser, group = _bare_parser(
-        "[train] [options]   (or: eval, predict, submit, report, each with --help)",
+        "[train] [options]   (or: eval, predict, submit, report, doctor, each with --help)",
         "Train the prompt-guided ARC planner with the Expected-Free-Energy loss.",
         EPILOG,
     )
+    group.add_argument(
+        "--config", metavar="FILE", default="",
+        help="take settings from a .json or .yaml file in the form of --print-config; flags go before it",
+    )  # fmt: skip
     group.add_argument("--print-config", action="store_true", help="print all settings as JSON and exit")
     group.add_argument("--dry-run", action="store_true", help="do every check, one batch and one save, then exit")
     group.add_argument(
@@ -881,6 +931,8 @@ VERBS = {
     "submit": "Write submission.json for a Kaggle challenges file, or check one.",
     "report": "Make report.html of a run (default: the newest one), or compare two runs on the same outputs.",
 }
+DOCTOR = "Check packages, device, folders, data, model and runs, and print what a report of a fault should hold."
+COMMANDS = ("train", *VERBS, "doctor")
 _NOT_OF = {  # settings that mean nothing to a command
     "eval": (),
     "predict": ("protocol", "data", "solutions", "max_tasks"),
@@ -918,6 +970,16 @@ def build_answer_parser(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
+def build_doctor_parser() -> argparse.ArgumentParser:
+    """Return the parser of doctor, whose settings are those of training of the same name."""
+    parser, _ = _bare_parser("doctor [RUN] [options]", DOCTOR, "exit codes: 0 all is there; 2 bad usage; 4 not all\n")
+    group = parser.add_argument_group("settings")
+    for path, item, _ in all_settings():
+        if path in ("run.device", "prompt.model", "prompt.offline", "run.out", "run.cache_dir"):
+            _add_setting(group, item, path)
+    return parser
+
+
 def _kebab_case(argv: list[str]) -> list[str]:
     """Return the arguments with --snake_case options spelled --kebab-case; values are left alone."""
     options = []
@@ -942,12 +1004,11 @@ def _leftovers(parser: argparse.ArgumentParser, extras: list[str]) -> list[str]:
 
 def _require_train(words: list[str]) -> None:
     """Refuse words other than train. Raises: ConfigError naming an unknown command or a superfluous word."""
-    commands = ["train", *VERBS]
-    if words and words[0] in VERBS:
+    if words and words[0] in COMMANDS[1:]:
         raise ConfigError(f"the command comes first: {PROGRAM} {words[0]} ...", f"{words[0]} --help lists its options")
     if words and words[0] != "train":
-        otherwise = f"commands are {', '.join(commands)}; a switch takes no value (--offline, --no-offline)"
-        raise ConfigError(f'unknown command "{words[0]}"', _did_you_mean(words[0], commands, otherwise))
+        otherwise = f"commands are {', '.join(COMMANDS)}; a switch takes no value (--offline, --no-offline)"
+        raise ConfigError(f'unknown command "{words[0]}"', _did_you_mean(words[0], COMMANDS, otherwise))
     if len(words) > 1:
         raise ConfigError(f'unexpected argument "{words[1]}"', "--help lists the options")
 
@@ -966,7 +1027,7 @@ def _resume_target(text: str | None) -> str | None:
     return "auto" if word == "auto" else text
 
 
-def parse_command_line(argv: list[str] | None = None) -> CommandLine | AnswerCommand:
+def parse_command_line(argv: list[str] | None = None) -> CommandLine | AnswerCommand | DoctorCommand:
     """Return the settings and actions that the command line asks for (default: the process's own arguments).
 
     Raises: ConfigError for anything the user can mend; SystemExit(0) after `--help` and `--version`.
@@ -974,18 +1035,22 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine | AnswerCom
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in VERBS:
         return _parse_answer(words[0], words[1:])
+    if words and words[0] == "doctor":
+        return _parse_doctor(words[1:])
     parser = build_parser()
     typed, extras = parser.parse_known_args(_kebab_case(words))
     _require_train(_leftovers(parser, extras))
     changes = _typed_values(all_settings(), vars(typed))
     explicit = set(changes)
+    base = read_config_file(typed.config) if typed.config else TrainConfig()
     if typed.smoke:
         changes = SMOKE | changes
     resume = _resume_target(typed.resume)
     _require(not (typed.fresh and resume), "--fresh and --resume exclude each other", "drop one of the two")
     return CommandLine(
-        config=validate(with_values(TrainConfig(), changes)),
+        config=validate(with_values(base, changes)),
         explicit=explicit,
+        file=typed.config,
         resume=resume,
         fresh=typed.fresh,
         dry_run=typed.dry_run,
@@ -1034,10 +1099,22 @@ def _parse_answer(verb: str, argv: list[str]) -> AnswerCommand:
                          debug=typed.debug)  # fmt: skip
 
 
+def _parse_doctor(argv: list[str]) -> DoctorCommand:
+    parser = build_doctor_parser()
+    typed, extras = parser.parse_known_args(_kebab_case(argv))
+    names = _leftovers(parser, extras)
+    if len(names) > 1:
+        raise ConfigError(f'unexpected argument "{names[1]}"', "doctor looks at one run")
+    given = {path.partition(".")[2]: value for path, value in _typed_values(all_settings(), vars(typed)).items()}
+    _require_device(given.get("device", "auto"))
+    return DoctorCommand(run=names[0] if names else "", quiet=typed.quiet, debug=typed.debug, **given)
+
+
 # Files that others may have written.
 
 MAX_INFLATED = 400_000_000  # bytes that the containers and strings of a JSON text may take once parsed
 MAX_NESTING = 64
+MAX_CONFIG = 1_000_000  # bytes of a file of settings
 
 
 class UnsafeFileError(OSError):

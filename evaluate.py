@@ -23,13 +23,13 @@ from arc_data import (
     Context,
     Grid,
     Query,
-    canvas_side,
     collate,
     evaluation_batches,
     leave_one_out,
 )
 from arc_system import ARCSystem, Runtime, Scene, canvas_for, keyed_generator, on_canvas
 from config import RewardConfig
+from distributed import ALONE, World
 from grid_accuracy_loss import Reading, Trajectory, cell_accuracy, cell_nats, exact_match, grid_sizes
 from policy_refined import leave_one_out_advantage
 from prior_cache import PriorCache
@@ -115,9 +115,10 @@ def predict(system: ARCSystem, query: Query, runtime: Runtime) -> Prediction:
         before = system.plan(made.scene, made.reading, made.scene.embedding)
     halted = after.halt_logits > 0
     steps = torch.where(halted.any(1), halted.int().argmax(1) + 1, after.halt_logits.shape[1])
-    side = max(made.reading.mask.shape[-1], canvas_side(max(max(shape) for shape in made.shapes)))
-    planned, unrefined = on_canvas(after.decode(), side), on_canvas(before.decode(), side)
-    candidates, _ = system.prior.candidates(query, made.shapes, side, count=2)
+    heights, widths = zip(made.reading.mask.shape[1:], *made.shapes, strict=True)
+    canvas = (max(heights), max(widths))
+    planned, unrefined = on_canvas(after.decode(), canvas), on_canvas(before.decode(), canvas)
+    candidates, _ = system.prior.candidates(query, made.shapes, canvas, count=2)
     at_once = made.confident & has_cells(candidates[:, 0])
     first, second = two_attempts(planned, candidates, at_once)
     unrefined = torch.where(at_once[:, None, None], first, unrefined)
@@ -233,7 +234,7 @@ class Demonstrations:
             query, answer = collate([items[i][0] for i in batch], [items[i][1] for i in batch])
             query, answer = query.to(system.device), answer.to(system.device)
             scene = system.observe(query)
-            reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1], answer.shapes)
+            reading, _ = system.read(query, scene, answer.target_size, answer.canvas, answer.shapes)
             self.parts.append((scene.embedding, reading, answer.target, self.owners[batch]))
 
     def nats(self, moves: Tensor) -> Tensor:
@@ -290,6 +291,12 @@ class Tally:
         """Return all values, float64 [outputs]; empty when nothing was added."""
         return np.concatenate(self.parts.get(name, [np.zeros(0)]))
 
+    def extend(self, other: Tally) -> None:
+        """Add what another tally holds, after what is there."""
+        for name, parts in other.parts.items():
+            self.parts.setdefault(name, []).extend(parts)
+        self.kept |= other.kept
+
     def sum(self, name: str) -> float:
         """Return the sum, 0 when nothing was added."""
         return float(self.values(name).sum())
@@ -316,6 +323,7 @@ def validate(
     items: Sequence[Item],
     batch_cells: int,
     tick: Callable[[int], None] = lambda done: None,
+    world: World = ALONE,
     watcher: Watcher | None = None,
 ) -> dict[str, float]:
     """Return the validation metrics of the system over items (context, answer), in evaluation mode.
@@ -328,7 +336,7 @@ def validate(
     with the suffixes of `beside_prior`: exact, unsure_exact (the inputs not answered at once), two_exact (at two
     attempts).
     """
-    tally = collect(system, runtime, items, batch_cells, tick, watcher)
+    tally = collect(system, runtime, items, batch_cells, tick, world, watcher)
     if watcher is not None:
         watcher.finish(tally)
     return summary(tally)
@@ -340,16 +348,20 @@ def collect(
     items: Sequence[Item],
     batch_cells: int,
     tick: Callable[[int], None] = lambda done: None,
+    world: World = ALONE,
     watcher: Watcher | None = None,
 ) -> Tally:
-    """Return what `validate` sums up, output by output; "item" says which of the items each value belongs to."""
-    tally = Tally()
+    """Return what `validate` sums up, output by output; "item" says which of the items each value belongs to.
+
+    The batches are dealt out to the processes; each gets the whole tally, in the order of the batches.
+    """
+    batches, tallies = evaluation_batches(items, batch_cells), []
     with evaluation_mode(system):
-        for batch in evaluation_batches(items, batch_cells):
+        for batch in batches[world.rank :: world.size]:
             contexts = [items[i][0] for i in batch]
             query, answer = collate(contexts, [items[i][1] for i in batch])
             query, answer = query.to(runtime.device), answer.to(runtime.device)
-            prediction = predict(system, query, runtime)
+            prediction, tally = predict(system, query, runtime), Tally()
             judge(tally, prediction, answer)
             judge_habits(tally, prediction, query, answer)
             judge_beside_prior(tally, prediction, query, answer, system.config.reward)
@@ -357,8 +369,12 @@ def collect(
             tally.add("item", batch)
             if watcher is not None:
                 watcher.look(tally, batch, query, prediction)
+            tallies.append(tally)
             tick(len(batch))
-    return tally
+    dealt, whole = world.gather(tallies), Tally()
+    for number in range(len(batches)):
+        whole.extend(dealt[number % world.size][number // world.size])
+    return whole
 
 
 def summary(tally: Tally) -> dict[str, float]:
@@ -493,8 +509,7 @@ def look_at_true_size(
     """Add cells, nats and the prompt gap with the true output size given; none of it is a prediction."""
     scene, refined = prediction.scene, prediction.embedding
     with runtime.autocast():
-        side = answer.target.shape[-1]
-        reading, _ = system.read(query, scene, answer.target_size, side, answer.shapes)
+        reading, _ = system.read(query, scene, answer.target_size, answer.canvas, answer.shapes)
         own, plain = system.plan(scene, reading, refined), system.plan(scene, reading, scene.embedding)
         shuffled = system.plan(scene, reading, refined.roll(len(query) // 2, 0)) if len(query) > 1 else None
     right, cells = cell_accuracy(own.decode(), answer.target)
@@ -502,7 +517,7 @@ def look_at_true_size(
     nats = cell_nats(own.final(), answer.target)
     tally.add("nats", nats)
     tally.add("unrefined_nats", cell_nats(plain.final(), answer.target))
-    prior = system.prior.preferences(query, answer.shapes, side).to(runtime.device)
+    prior = system.prior.preferences(query, answer.shapes, answer.canvas).to(runtime.device)
     tally.add("prior_nats", cell_nats(prior, answer.target))
     if shuffled is not None:
         tally.add("paired_nats", nats)

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arc_data import MAX_SIDE, NUM_COLORS, PAD, Query
+from arc_data import MAX_SIDE, NUM_COLORS, PAD, Query, canvas_shape
 from config import AgentConfig
 
 OUTSIDE = NUM_COLORS  # the code of a view that points outside the input
@@ -138,10 +139,19 @@ def grid_sizes(grid: Tensor) -> Tensor:
     return torch.stack((inside.any(2).sum(1), inside.any(1).sum(1)), 1)
 
 
-def size_mask(size: Tensor, side: int) -> Tensor:
-    """Return [B, side, side] True inside the top-left rectangle of each size [B, 2]."""
-    steps = torch.arange(side, device=size.device)
-    return (steps < size[:, :1])[:, :, None] & (steps < size[:, 1:])[:, None, :]
+Canvas = int | tuple[int, int]  # (height, width), or the side of a square
+
+
+def size_mask(size: Tensor, canvas: Canvas) -> Tensor:
+    """Return [B, H, W] True inside the top-left rectangle of each size [B, 2]."""
+    rows, cols = _steps(canvas, size.device)
+    return (rows < size[:, 0].view(-1, 1, 1)) & (cols < size[:, 1].view(-1, 1, 1))
+
+
+def _steps(canvas: Canvas, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the row numbers [1, H, 1] and the column numbers [1, 1, W] of a canvas."""
+    height, width = canvas_shape(canvas)
+    return torch.arange(height, device=device).view(1, -1, 1), torch.arange(width, device=device).view(1, 1, -1)
 
 
 # Views: V ways to look at the input from an output cell ---------------------------------------------------------------
@@ -181,10 +191,9 @@ def _rays(grid: Tensor, background: Tensor) -> Tensor:
     return torch.where((grid == PAD)[:, None], OUTSIDE, rays)
 
 
-def _sources(size: Tensor, out_size: Tensor, corners: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Return source rows and columns [B, V', side, side] of the views that copy one input cell."""
-    steps = torch.arange(side, device=size.device)
-    r, c = steps.view(1, side, 1), steps.view(1, 1, side)
+def _sources(size: Tensor, out_size: Tensor, corners: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
+    """Return source rows and columns [B, V', H, W] of the views that copy one input cell."""
+    r, c = _steps(canvas, size.device)
     h, w = (x.clamp(min=1).view(-1, 1, 1) for x in size.unbind(1))
     ho, wo = (x.clamp(min=1).view(-1, 1, 1) for x in out_size.unbind(1))
     box_r, box_c, rare_r, rare_c = (x.view(-1, 1, 1) for x in corners.unbind(1))
@@ -200,29 +209,30 @@ def _sources(size: Tensor, out_size: Tensor, corners: Tensor, side: int) -> tupl
         (r, c + wo), (r + ho, c), (r, c + wo + 1), (r + ho + 1, c),  # second panel, with or without a separator
         (r + box_r, c + box_c), (r + rare_r, c + rare_c),  # crops of the foreground box and of the rarest colour's box
     ]  # fmt: skip
-    shape = (size.shape[0], side, side)
+    shape = (size.shape[0], *canvas_shape(canvas))
     return torch.stack([p[0].expand(shape) for p in pairs], 1), torch.stack([p[1].expand(shape) for p in pairs], 1)
 
 
 NUM_VIEWS = 23 + 4 + 3
 
 
-def input_views(grid: Tensor, size: Tensor, out_size: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Return views [B, V, side, side] (colour codes 0..9, OUTSIDE) of inputs [B, H, W], and the background colour [B].
+def input_views(grid: Tensor, size: Tensor, out_size: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
+    """Return views [B, V, *canvas] (colour codes 0..9, OUTSIDE) of inputs [B, H, W], and the background colour [B].
 
     Every output cell (r, c) of a grid of size out_size looks at the input in V fixed ways.
     """
     height, width = grid.shape[1:]
+    rows_out, cols_out = canvas_shape(canvas)
     most, second, rarest = _color_statistics(grid)
     box = _box_corner((grid != most.view(-1, 1, 1)) & (grid != PAD))
     rare = _box_corner(grid == rarest.view(-1, 1, 1))
-    rows, cols = _sources(size, out_size, torch.stack((*box, *rare), 1), side)
+    rows, cols = _sources(size, out_size, torch.stack((*box, *rare), 1), canvas)
     inside = (rows >= 0) & (cols >= 0) & (rows < size[:, 0].view(-1, 1, 1, 1)) & (cols < size[:, 1].view(-1, 1, 1, 1))
     flat = torch.where(inside, rows * width + cols, 0).flatten(1)
     copies = torch.where(inside, grid.flatten(1).gather(1, flat).view_as(rows), OUTSIDE)
-    rays = F.pad(_rays(grid, most), (0, max(side - width, 0), 0, max(side - height, 0)), value=OUTSIDE)
-    constants = torch.stack((most, second, rarest), 1).view(-1, 3, 1, 1).expand(-1, -1, side, side)
-    return torch.cat((copies, rays[:, :, :side, :side], constants), 1), most
+    rays = F.pad(_rays(grid, most), (0, max(cols_out - width, 0), 0, max(rows_out - height, 0)), value=OUTSIDE)
+    constants = torch.stack((most, second, rarest), 1).view(-1, 3, 1, 1).expand(-1, -1, rows_out, cols_out)
+    return torch.cat((copies, rays[:, :, :rows_out, :cols_out], constants), 1), most
 
 
 def view_codes(views: Tensor) -> Tensor:
@@ -234,20 +244,19 @@ def view_codes(views: Tensor) -> Tensor:
 
 def cell_geometry(views: Tensor, background: Tensor, size: Tensor, out_size: Tensor) -> Tensor:
     """Return per-cell invariants [B, H, W, G]: equalities between views, neighbours, borders, parity, sizes."""
-    side = views.shape[-1]
+    height, width = views.shape[2:]
     copy = views[:, 0]
-    neighbours = F.pad(torch.where(size_mask(out_size, side), copy, -1), (1, 1, 1, 1), value=-1)
+    neighbours = F.pad(torch.where(size_mask(out_size, (height, width)), copy, -1), (1, 1, 1, 1), value=-1)
     shifts = [(0, 1), (2, 1), (1, 0), (1, 2), (0, 0), (0, 2), (2, 0), (2, 2)]
-    same = [neighbours[:, dr : dr + side, dc : dc + side] == copy for dr, dc in shifts]
-    steps = torch.arange(side, device=views.device)
-    shape = (views.shape[0], side, side)
+    same = [neighbours[:, dr : dr + height, dc : dc + width] == copy for dr, dc in shifts]
+    shape = (views.shape[0], height, width)
     h, w = (x.view(-1, 1, 1) for x in out_size.unbind(1))
-    r, c = steps.view(1, side, 1), steps.view(1, 1, side)
+    r, c = _steps((height, width), views.device)
     distances = [d.clamp(max=4).expand(shape) / 4 for d in (r, c, h - 1 - r, w - 1 - c)]
     position = [(r / h.clamp(min=1)).expand(shape), (c / w.clamp(min=1)).expand(shape)]
     parity = [(x % k).expand(shape) / (k - 1) for x in (r, c) for k in (2, 3)]
     ratio = (out_size.clamp(min=1) / size.clamp(min=1)).log().clamp(-3, 3)
-    area = torch.cat((ratio, size / MAX_SIDE, out_size / MAX_SIDE), 1).view(-1, 6, 1, 1).expand(-1, -1, side, side)
+    area = torch.cat((ratio, size / MAX_SIDE, out_size / MAX_SIDE), 1).view(-1, 6, 1, 1).expand(-1, -1, height, width)
     plain = torch.stack([x.float() for x in (*same, *distances, *position, *parity)], 1)
     relative = torch.cat((views == background.view(-1, 1, 1, 1), views[:, 1:] == copy[:, None]), 1).float()
     return torch.cat((relative, plain, area), 1).movedim(1, -1)
@@ -383,7 +392,10 @@ class DemonstrationRead(nn.Module):
         k = torch.cat((k, null), 2)
         v = F.pad(values, (0, 0, 0, 1))[:, None].expand(-1, self.heads, -1, -1)
         allowed = F.pad(valid, (0, 1), value=True)[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=1.0)
+        if q.device.type == "cpu":  # its fused kernel, which keeps no [n, K] matrix, asks for one width of all three
+            width = max(self.head_dim, values.shape[-1])
+            q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=1.0)[..., : values.shape[-1]]
 
     def forward(
         self, q: Tensor, k: Tensor, values: Tensor, valid: Tensor, views: Tensor, match: Tensor
@@ -526,17 +538,43 @@ class ARCPromptGuidedAgent(nn.Module):
 
     def embed(self, grid: Tensor, size: Tensor, out_size: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return cell features [B, S, S, D] and views [B, V, S, S] of inputs seen from output cells."""
-        views, background = input_views(grid, size, out_size, mask.shape[-1])
+        views, background = input_views(grid, size, out_size, (mask.shape[1], mask.shape[2]))
         x = self.view_embed(view_codes(views)) + self.geometry_embed(cell_geometry(views, background, size, out_size))
         x = torch.where(mask[..., None], x, 0).float()  # the residual stream stays in fp32 under autocast
         for block in self.read_blocks:
             x = block(x, mask)
         return torch.where(mask[..., None], self.read_norm(x), 0), views
 
-    def demonstration_cells(self, query: Query) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return keys [N, K, D], values [N, K, C+V], valid [N, K] and match [N, V] of the batch's demonstrations."""
-        mask = query.demo_output != PAD
-        x, views = self.embed(query.demo_input, query.demo_input_size, query.demo_output_size, mask)
+    def query_cells(
+        self, query: Query, size: Tensor, mask: Tensor, own_rows: Sequence[int], demos: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return cell features [B, H, W, D] and views [B, V, H, W] of the queries' inputs.
+
+        own_rows: the row of `demos`, features and views of the demonstrations, that is the same, -1 where none is.
+        """
+        rows = [row for row in own_rows if row >= 0]
+        if not rows:
+            return self.embed(query.input, query.input_size, size, mask)
+        more = [side - other for side, other in zip(mask.shape[1:], demos[1].shape[2:], strict=True)]
+        chosen = torch.tensor(rows, device=mask.device)
+        x = F.pad(demos[0].index_select(0, chosen), (0, 0, 0, more[1], 0, more[0]))  # a negative width cuts
+        views = F.pad(demos[1][chosen], (0, more[1], 0, more[0]), value=OUTSIDE)
+        if len(rows) < len(own_rows):
+            known = [b for b, row in enumerate(own_rows) if row >= 0]
+            others = [b for b, row in enumerate(own_rows) if row < 0]
+            pick = torch.tensor(others, device=mask.device)
+            rest = self.embed(query.input[pick], query.input_size[pick], size[pick], mask[pick])
+            place = torch.tensor(known + others, device=mask.device).argsort()
+            x, views = torch.cat((x, rest[0])).index_select(0, place), torch.cat((views, rest[1]))[place]
+        return x, views
+
+    def demonstration_cells(
+        self, query: Query, mask: Tensor, x: Tensor, views: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return keys [N, K, D], values [N, K, C+V], valid [N, K] and match [N, V] of the batch's demonstrations.
+
+        x [N, H, W, D] and views [N, V, H, W] are those of `embed` for their inputs, mask [N, H, W] of their outputs.
+        """
         truth = torch.where(mask, query.demo_output, 0)
         hits = (views == truth[:, None]) & mask[:, None]
         match = hits.sum((2, 3)) / mask.sum((1, 2)).clamp(min=1)[:, None]
@@ -558,18 +596,22 @@ class ARCPromptGuidedAgent(nn.Module):
         return limit.scatter_reduce(0, slots.flatten(), share.flatten(), "amin")[:-1, None]
 
     def read(
-        self, query: Query, size: Tensor, side: int, *, preference: Tensor | None = None, direction: int = FORWARD
-    ) -> Reading:
-        """Return what the cells of outputs of size [B, 2] on a side x side canvas learn from the demonstrations.
+        self, query: Query, size: Tensor, canvas: Canvas, *, preference: Tensor | None = None,
+        direction: int = FORWARD, own_rows: Sequence[int] = (),
+    ) -> Reading:  # fmt: skip
+        """Return what the cells of outputs of size [B, 2] on a canvas (H, W) learn from the demonstrations.
 
-        preference [B, side, side, C] are the log-probabilities C (forward only). In the backward direction the canvas
-        is the common frame and also covers the cells of the grid that is looked at.
+        preference [B, H, W, C] are the log-probabilities C (forward only). In the backward direction the canvas is the
+        common frame and also covers the cells of the grid that is looked at. own_rows: as `query_cells`.
         """
-        mask = size_mask(size, side)
+        height, width = canvas_shape(canvas)
+        mask = size_mask(size, canvas)
         if direction == BACKWARD:
-            mask = mask | size_mask(query.input_size, side)
-        x, views = self.embed(query.input, query.input_size, size, mask)
-        keys, values, valid, match = self.demonstration_cells(query)
+            mask = mask | size_mask(query.input_size, canvas)
+        shown = query.demo_output != PAD
+        demos = self.embed(query.demo_input, query.demo_input_size, query.demo_output_size, shown)
+        x, views = self.query_cells(query, size, mask, own_rows, demos)
+        keys, values, valid, match = self.demonstration_cells(query, shown, *demos)
         slots = query.demo_index.clamp(min=0)
         known = query.demo_index >= 0
         batch = slots.shape[0]
@@ -583,11 +625,11 @@ class ARCPromptGuidedAgent(nn.Module):
         match = torch.stack((mean, least), -1)
         cells = views.flatten(2).transpose(1, 2)
         log_read, raw = self.demonstration_read(x.flatten(1, 2), k, v, allowed, cells, match)
-        log_read = log_read.view(batch, side, side, NUM_COLORS)
+        log_read = log_read.view(batch, height, width, NUM_COLORS)
         prior = None if self.forward_planner.kappa is None or direction == BACKWARD else preference
         prior_probability = torch.zeros_like(log_read) if prior is None else prior.exp()
-        spread = match.flatten(1)[:, None, None].expand(-1, side, side, -1)
-        evidence = torch.cat((raw.view(batch, side, side, -1), spread, log_read.exp(), prior_probability), -1)
+        spread = match.flatten(1)[:, None, None].expand(-1, height, width, -1)
+        evidence = torch.cat((raw.view(batch, height, width, -1), spread, log_read.exp(), prior_probability), -1)
         hidden = x + self.evidence_embed(evidence)
         return Reading(hidden, prior, log_read, mask)
 
@@ -609,29 +651,34 @@ class ARCPromptGuidedAgent(nn.Module):
             mask=reading.mask,
         )
 
-    def plan_backward(self, query: Query, grid: Tensor, size: Tensor, prompt: Tensor) -> Tensor:
-        """Return backward beliefs [B, T, F, F, C] from an output grid [B, H, W] towards the input; entry t is b_t.
+    def plan_backward(
+        self, query: Query, grid: Tensor, size: Tensor, prompt: Tensor, own_rows: Sequence[int] = ()
+    ) -> Tensor:
+        """Return backward beliefs [B, T, F, G, C] from an output grid [B, H, W] towards the input; entry t is b_t.
 
-        The frame F covers the input and the output canvas. In training the grid is the target (privileged: nothing
+        The frame F x G covers the input and the output canvas. In training the grid is the target (privileged: nothing
         that predicts may consume the result); at test time it is the model's own prediction. The backward planner
         reads with what the forward one has learned and sends it no gradient: trained by both, the cells' features
-        predicted worse (docs/LAB_NOTEBOOK.md).
+        predicted worse (docs/LAB_NOTEBOOK.md). own_rows: of grids that are targets within their input's size, the rows
+        that hold the same pairs (see `query_cells`).
         """
-        frame = max(grid.shape[-1], query.input.shape[-1])
+        frame = (max(grid.shape[1], query.input.shape[1]), max(grid.shape[2], query.input.shape[2]))
         with torch.no_grad():
-            reading = self.read(query.reversed(grid, size), query.input_size, frame, direction=BACKWARD)
+            back = query.reversed(grid, size)
+            reading = self.read(back, query.input_size, frame, direction=BACKWARD, own_rows=own_rows)
         return self.backward_planner(reading, prompt)[0].flip(1)
 
     def forward(self, query: Query | Tensor, prompt: Tensor, size: Tensor | None = None, **kwargs) -> Trajectory:
         """Return the forward trajectory for a Query, or for bare grids in any form `grid_colors` accepts.
 
-        size [B, 2] is the output size to plan on; default: the input's. The canvas holds both, or is `side` wide.
+        size [B, 2] is the output size to plan on; default: the input's. `canvas` (H, W): by default the smallest that
+        holds the inputs' canvas and every size.
         """
         if isinstance(query, Tensor):
             query = query_from_grids(query)
         size = query.input_size if size is None else size
-        side = kwargs.pop("side", max(*query.input.shape[-2:], int(size.max())))
-        reading = self.read(query, size, side, preference=kwargs.pop("preference", None))
+        canvas = kwargs.pop("canvas", None) or tuple(map(max, query.input.shape[1:], size.amax(0).tolist()))
+        reading = self.read(query, size, canvas, preference=kwargs.pop("preference", None))
         return self.plan(reading, prompt, **kwargs)
 
 
@@ -685,10 +732,12 @@ def cell_nats(logits: Tensor, target: Tensor) -> Tensor:
 
 def exact_match(prediction: Tensor, size: Tensor, target: Tensor, target_size: Tensor) -> Tensor:
     """Return [B] True where the predicted size and every cell are right; the canvases may differ."""
-    side = max(prediction.shape[-1], target.shape[-1])
-    grow = (0, side - prediction.shape[-1], 0, side - prediction.shape[-2])
-    prediction = F.pad(prediction, grow, value=PAD)
-    target = F.pad(target, (0, side - target.shape[-1], 0, side - target.shape[-2]), value=PAD)
+    height, width = (max(prediction.shape[i], target.shape[i]) for i in (1, 2))
+
+    def grown(grid: Tensor) -> Tensor:
+        return F.pad(grid, (0, width - grid.shape[2], 0, height - grid.shape[1]), value=PAD)
+
+    prediction, target = grown(prediction), grown(target)
     right = (prediction == target) | (target == PAD)
     return right.flatten(1).all(1) & (size == target_size).all(1)
 

@@ -10,6 +10,7 @@ An action is the raw sample (u_1..u_k, v); the move is scale * tanh(u), the gate
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +35,18 @@ class RunningRMS(nn.Module):
         self.decay = decay
         self.register_buffer("averages", torch.zeros(2))  # of x^2 and of 1
 
-    def advanced(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Return the averages [2] after seeing the values where the mask is True; unchanged when it nowhere is."""
-        count = mask.sum().clamp(min=1)
+    def advanced(
+        self, values: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums
+    ) -> Tensor:
+        """Return the averages [2] after seeing the values where the mask is True; unchanged when it nowhere is.
+
+        `total` adds up what other processes have seen of the same batch.
+        """
         kept = torch.where(mask, values.detach().float(), 0.0)
-        square = kept.square().sum() / count
+        squares, count = total(torch.stack([kept.square().sum(), mask.sum()]))
+        square = squares / count.clamp(min=1)
         seen = torch.stack([square, torch.ones_like(square)])
-        return torch.where(mask.any(), self.decay * self.averages + (1 - self.decay) * seen, self.averages)
+        return torch.where(count > 0, self.decay * self.averages + (1 - self.decay) * seen, self.averages)
 
     @staticmethod
     def root(averages: Tensor) -> Tensor:
@@ -136,18 +142,23 @@ class HumanRLAugmentor(nn.Module):
         generator: torch.Generator | None = None,
         deterministic: bool = False,
         shared: bool = False,
+        place: tuple[int, int] | None = None,
     ) -> Tensor:
         """Return raw actions [G, B, k + 1] without a graph; deterministic: G copies of the mean.
 
         shared: every state gets the same noise, so that a row's actions do not depend on the batch it is in.
+        place: (first row, rows) of a larger batch that the states are part of; each gets the noise that it has there.
         """
         mean_BA, log_std_A, _ = self(state)
         mean_GBA = mean_BA.expand(num_samples, -1, -1)
         if deterministic:
             return mean_GBA.clone()
         device = state.device if generator is None else generator.device
-        shape = (num_samples, 1 if shared else mean_BA.shape[0], mean_BA.shape[1])
+        first, rows = place or (0, mean_BA.shape[0])
+        shape = (num_samples, 1 if shared else rows, mean_BA.shape[1])
         noise_GBA = torch.randn(shape, generator=generator, device=device).to(mean_BA.device)
+        if not shared:
+            noise_GBA = noise_GBA[:, first : first + mean_BA.shape[0]]
         return mean_GBA + log_std_A.exp() * noise_GBA
 
     def log_prob(self, action: Tensor, state: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The Expected-Free-Energy loss: every term a pure function, and `EFELoss`, which weights and sums them.
 
-May import config, arc_data and the agent's `Trajectory`; used by arc_system and the driver.
+May import config, distributed, arc_data and the agent's `Trajectory`; used by arc_system and the driver.
 The loss is EFE-inspired: what holds exactly is risk + ambiguity == -(info_gain + E_Q log C), see `info_gain`.
 
 Terms return nats (step: a share) per sample, [B]: a mean over the valid cells of each step, then over the steps;
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import LossConfig
+from distributed import ALONE, WHOLE, Share, World
 
 if TYPE_CHECKING:
     from arc_data import Answer, Query
@@ -135,9 +136,12 @@ def over_time(value: Tensor, reduce: str = "mean") -> Tensor:
     return value.sum(1) if reduce == "sum" else value.sum(1) / max(value.shape[1], 1)
 
 
-def batch_mean(per_sample: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean over the valid samples [B] -> scalar; 0 where there is none."""
-    return torch.where(valid, per_sample, 0.0).sum() / valid.sum().clamp_min(1)
+def batch_mean(per_sample: Tensor, valid: Tensor, share: Share = WHOLE) -> Tensor:
+    """Return the mean over the valid samples [B] -> scalar; 0 where there is none.
+
+    Of a share of a batch: what, weighted and added up over the shares, is the mean over the valid ones of the batch.
+    """
+    return torch.where(valid, per_sample, 0.0).sum() / share.divisor(valid.sum())
 
 
 def _over_steps(per_cell: Tensor, dims: int) -> Tensor:
@@ -416,25 +420,33 @@ class EFETerms:
     hard_fraction: Tensor
 
 
-def joined_terms(parts: Sequence[EFETerms], shares: Sequence[float], cells: Sequence[Tensor]) -> EFETerms:
-    """Return the terms of a batch that was computed in parts, without graphs.
+def joined_terms(
+    parts: Sequence[EFETerms], shares: Sequence[float], cells: Sequence[Tensor], world: World = ALONE
+) -> EFETerms:
+    """Return the terms of a batch that was computed in parts, here and in other processes, without graphs.
 
-    shares: of the samples, sum 1; cells: number of valid cells of each part. Equal to the terms of the whole batch but
-    for L_prompt, whose negatives are the other samples of the part, and for the reward where samples have none.
+    shares: of the samples, sum 1 over all processes; cells: number of valid cells of each part. Equal to the terms of
+    the whole batch but, for several parts of one process, for L_prompt, whose negatives are the other samples of the
+    part, and for the reward where samples have none. The values per sample are those of this process.
     """
 
     def mean(values: Sequence[Tensor]) -> Tensor:
         return torch.stack([share * value.detach() for share, value in zip(shares, values, strict=True)]).sum()
 
     count = torch.stack(list(cells))
-    wrong = torch.stack([part.hard_fraction for part in parts]) * count.clamp_min(1)
+    wrong = torch.stack([part.hard_fraction for part in parts]) * count
+    total, wrong, count, *means = world.sum(
+        [mean([part.total for part in parts]), wrong.sum(), count.sum()]
+        + [mean([part.terms[name] for part in parts]) for name in TERM_NAMES]
+        + [mean([part.weighted[name] for part in parts]) for name in TERM_NAMES]
+    )
     return EFETerms(
-        total=mean([part.total for part in parts]),
-        terms={name: mean([part.terms[name] for part in parts]) for name in TERM_NAMES},
-        weighted={name: mean([part.weighted[name] for part in parts]) for name in TERM_NAMES},
+        total=total,
+        terms=dict(zip(TERM_NAMES, means[: len(TERM_NAMES)], strict=True)),
+        weighted=dict(zip(TERM_NAMES, means[len(TERM_NAMES) :], strict=True)),
         per_sample_consistency=torch.cat([part.per_sample_consistency for part in parts]),
         per_sample_cross_entropy=torch.cat([part.per_sample_cross_entropy for part in parts]),
-        hard_fraction=wrong.sum() / count.sum().clamp_min(1),
+        hard_fraction=wrong / count.clamp_min(1),
     )
 
 
@@ -482,23 +494,25 @@ class EFELoss(nn.Module):
         self.register_buffer("queue_seen", torch.zeros((), dtype=torch.long))
 
     def forward(self, trajectory: Trajectory, query: Query, answer: Answer, *, preference: Tensor, desirability: Tensor,
-                prompt: Tensor, reward: Tensor | None, progress: float) -> EFETerms:
-        """Return the terms, their weighted sum and the per-sample values of one batch.
+                prompt: Tensor, reward: Tensor | None, progress: float, share: Share = WHOLE) -> EFETerms:
+        """Return the terms, their weighted sum and the per-sample values of one batch, or of a share of it.
 
         Shapes:  preference (log C) and desirability (log z-hat, 0 neutral) [B, H, W, C], prompt [B, Dp],
                  reward [B] (None: 0; samples with nan are left out of its term)
         progress: epochs done, fractional
+        share: its terms are those that, weighted and added up over all shares, are the terms of the batch; the
+                 negatives of L_prompt are all other samples of the batch
         Raises:  ValueError when the target holds fractions or does not lie on the canvas of the forward logits
         """
         with torch.autocast(trajectory.forward.device.type, enabled=False):
             weights = term_weights(self.config, progress)
             cells = _Cells.of(trajectory, answer)
             compute = self._seed_terms if self.config.mode == "seed" else self._full_terms
-            evaluate = compute(cells, trajectory, preference, prompt, query.task_slot)
+            evaluate = compute(cells, trajectory, preference, prompt, query.task_slot, share)
             evaluate |= self._common_terms(cells, trajectory, query, answer, preference, desirability)
             per_sample = self._consistency(cells)
             evaluate["consistency"] = lambda: batch_mean(per_sample, cells.valid)
-            evaluate["reward"] = lambda: self._reward(cells, reward)
+            evaluate["reward"] = lambda: self._reward(cells, reward, share)
             zero = cells.log_q.new_zeros(())
             terms = {name: evaluate[name]() if weights[name] > 0 else zero for name in TERM_NAMES}
             weighted = {name: weights[name] * terms[name] for name in TERM_NAMES}
@@ -529,12 +543,12 @@ class EFELoss(nn.Module):
         steps = step_weights(cells.log_q.shape[1], rho, cells.log_q)
         return consistency(cells.log_prob_target, cells.mask, weight, steps)
 
-    def _reward(self, cells: _Cells, reward: Tensor | None) -> Tensor:
+    def _reward(self, cells: _Cells, reward: Tensor | None, share: Share) -> Tensor:
         surrogate = expected_accuracy(cells.log_prob_target[:, -1], cells.mask)
         if self.config.mode == "seed":
             surrogate = torch.zeros_like(surrogate)
         reward = torch.zeros_like(surrogate) if reward is None else reward.to(surrogate.dtype)
-        return batch_mean(reward_term(surrogate, reward), cells.valid & reward.isfinite())
+        return batch_mean(reward_term(surrogate, reward), cells.valid & reward.isfinite(), share)
 
     def _common_terms(self, cells: _Cells, trajectory: Trajectory, query: Query, answer: Answer, preference: Tensor,
                       desirability: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -565,7 +579,7 @@ class EFELoss(nn.Module):
         return {"halt": halt, "reverse": reverse, "size": size, "z_learning": z_learning}
 
     def _full_terms(self, cells: _Cells, trajectory: Trajectory, preference: Tensor, prompt: Tensor,
-                    task_slot: Tensor) -> dict[str, Callable[[], Tensor]]:
+                    task_slot: Tensor, share: Share) -> dict[str, Callable[[], Tensor]]:
         """Return what computes the terms of mode "full"."""
         mask, valid = cells.mask, cells.valid
         height, width = mask.shape[1:]
@@ -582,12 +596,14 @@ class EFELoss(nn.Module):
             return batch_mean(bidirectional(cells.log_q[:, :-1], log_backward, mask, detach=self.config.detach), valid)
 
         def contrast() -> Tensor:
-            kept = torch.arange(PROMPT_QUEUE, device=task_slot.device) < self.queue_seen
-            same = (task_slot[:, None] == self.queue_slot) & (task_slot[:, None] > 0)
             features = self.feature_projection(_rows(trajectory.features, valid).to(self.prompt_queue.dtype))
             projected = self.prompt_projection(_rows(prompt, valid).to(self.prompt_queue.dtype))
+            features, projected, slot, counted = share.rows(features, projected, task_slot, valid)
+            kept = torch.arange(PROMPT_QUEUE, device=task_slot.device) < self.queue_seen
+            same = (slot[:, None] == self.queue_slot) & (slot[:, None] > 0)
             past = self.prompt_projection(self.prompt_queue)
-            return batch_mean(prompt_consistency(features, projected, task_slot, valid, past, kept & ~same), valid)
+            per_sample = prompt_consistency(features, projected, slot, counted, past, kept & ~same)
+            return batch_mean(share.own(per_sample), share.own(counted))
 
         return {
             "risk": lambda: batch_mean(risk(cells.log_q, preference, mask, self.config.preference_floor), valid),
@@ -598,8 +614,8 @@ class EFELoss(nn.Module):
         }
 
     def _seed_terms(self, cells: _Cells, trajectory: Trajectory, preference: Tensor, prompt: Tensor,
-                    task_slot: Tensor) -> dict[str, Callable[[], Tensor]]:
-        """Return what computes the terms of mode "seed"; `preference` and `task_slot` are not used by it."""
+                    task_slot: Tensor, share: Share) -> dict[str, Callable[[], Tensor]]:
+        """Return what computes the terms of mode "seed", which needs no `preference`, `task_slot` and `share`."""
         log_q, mask, valid = cells.log_q, cells.mask, cells.valid
 
         def learned_risk() -> Tensor:

@@ -370,10 +370,11 @@ class CheckpointStore:
     """The checkpoints of one run, written by one process (see RunLock).
 
     `say` receives whole lines ("warning: ..."); a save that fails is a warning, returns None and counts in
-    `failed_saves`, which the next success sets back to 0. Best weights and best_delta.pt do not count.
+    `failed_saves`, which the next success sets back to 0. Best weights and best_delta.pt do not count. A process that
+    does not write (`writes` False) only asks where files lie.
     """
 
-    def __init__(self, run_dir: Path | str, keep: int = 5, *, run_id: str,
+    def __init__(self, run_dir: Path | str, keep: int = 5, *, run_id: str, writes: bool = True,
                  say: Callable[[str], None] = _print_to_stderr, sleep: Callable[[float], None] = time.sleep):
         self.folder = Path(run_dir) / CHECKPOINTS
         self.keep, self.run_id, self.failed_saves = max(keep, 2), run_id, 0
@@ -381,8 +382,9 @@ class CheckpointStore:
         self.say, self._sleep = say, sleep
         self._owners: dict[tuple[str, int, int], str | None] = {}
         self._said: set[str] = set()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder)
+        if writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
 
     def path(self, step: int) -> Path:
         """Return where the checkpoint of a global batch lies."""
@@ -853,10 +855,14 @@ def _try_flock(descriptor: int) -> bool | None:
 
 
 class StopFlag:
-    """SIGINT and SIGTERM ask the loop to stop after the batch; a second one ends the process at once."""
+    """SIGINT and SIGTERM ask the loop to stop after the batch; a second one ends the process at once.
+
+    `signal` is the one that asks, None without. Another process's may be written into it; that is not a first one.
+    """
 
     def __init__(self, say: Callable[[str], None], notice: str = ""):
         self.signal: int | None = None
+        self._caught = False
         self._say = say
         self._notice = notice or (
             "stopping after this batch ... (press again to stop at once; the last checkpoint stays valid)"
@@ -869,9 +875,9 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _catch(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
+        if self._caught:
             os._exit(128 + number)
-        self.signal = number
+        self._caught, self.signal = True, number
         self._say(self._notice)
 
 
@@ -927,6 +933,12 @@ def find_run(out_dir: Path | str, resume: str | bool = "latest", backup: Path | 
     raise CheckpointError(
         f"--resume: no run to resume under {where} ({looked})",
         f"start one without --resume, or --resume {places[0]}/NAME --epochs 30 to extend a finished run")
+
+
+def find_launched(out_dir: Path | str, launch: str) -> Path | None:
+    """Return the run that a call of torchrun began and that has a checkpoint by now, the newest one; None without."""
+    runs = [run for run in _runs_in(Path(out_dir)) if launch and _read_run(run).get("launch") == launch]
+    return max((run for run in runs if _choose(run, list_checkpoints(run))), key=_time_of, default=None)
 
 
 def _runs_in(place: Path) -> list[Path]:

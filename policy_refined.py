@@ -1,7 +1,8 @@
 """The agent that refines prompts: proposes moves, applies them, and learns from the rewards they earn.
 
-Imports torch, config and human_rl_agent; used by arc_system. Two parameter sets with two estimators and no overlap:
-the policy (its own Adam, score function) and the directions `basis` (the main optimizer, path gradient through p').
+Imports torch, config, distributed and human_rl_agent; used by arc_system. Two parameter sets with two estimators and no
+overlap: the policy (its own Adam, score function) and the directions `basis` (the main optimizer, path gradient through
+p').
 
 Shapes: B batch, G samples per group, k directions, Dp prompt, Dc control, F features, D planner features,
 S = Dp + Dc + F state.
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config import PolicyConfig
+from distributed import ALONE, WHOLE, Share, World
 from human_rl_agent import HumanRLAugmentor, RunningRMS
 
 if TYPE_CHECKING:
@@ -57,20 +59,26 @@ class PolicyTerms:
     averages: dict[str, Tensor]
 
 
-def joined_terms(parts: Sequence[PolicyTerms], shares: Sequence[float]) -> PolicyTerms:
-    """Return the terms of a batch that was computed in parts, without graphs: means weighted by the parts' shares.
+def joined_terms(parts: Sequence[PolicyTerms], shares: Sequence[float], world: World = ALONE) -> PolicyTerms:
+    """Return the terms of a batch that was computed in parts, here and in other processes, without graphs.
 
-    Each part divided its advantages by the scale that it alone would give; the averages move by each part's share.
+    Means weighted by the parts' shares. Of several parts of one process each divided its advantages by the scale that
+    it alone would give, and the averages move by each part's share; between processes they agree already. The
+    advantages are those of this process.
     """
 
     def mean(values: Sequence[Tensor]) -> Tensor:
         return torch.stack([share * value.detach() for share, value in zip(shares, values, strict=True)]).sum(0)
 
     names = ("total", "policy", "value", "entropy", "curiosity", "tied", "bonus")
+    means = world.sum([mean([getattr(part, name) for part in parts]) for name in names])
+    averages = parts[0].averages
+    if len(parts) > 1:
+        averages = {name: mean([part.averages[name] for part in parts]) for name in averages}
     return PolicyTerms(
-        **{name: mean([getattr(part, name) for part in parts]) for name in names},
+        **dict(zip(names, means, strict=True)),
         advantage=torch.cat([part.advantage.detach() for part in parts], 1),
-        averages={name: mean([part.averages[name] for part in parts]) for name in parts[0].averages},
+        averages=averages,
     )
 
 
@@ -114,8 +122,11 @@ class PolicyRefinedAgent(nn.Module):
         generator: torch.Generator | None = None,
         deterministic: bool = False,
         shared: bool = False,
+        share: Share = WHOLE,
     ) -> Proposal:
         """Return G moves for each of the prompts; deterministic: the mean move; shared: the same noise for all prompts.
+
+        The prompts of a share of a batch get the moves that they have in the whole one.
 
         Shapes:  prompt.embedding [B, Dp], prompt.control [B, Dc], features [B, F], num_samples = G
         The prompt enters normalised and detached; its learned projection is the first layer of the policy.
@@ -123,7 +134,9 @@ class PolicyRefinedAgent(nn.Module):
         with torch.autocast(prompt.embedding.device.type, enabled=False):
             embedding_BD = F.layer_norm(prompt.embedding.detach().float(), (self.prompt_dim,))
             state_BS = torch.cat([embedding_BD, prompt.control.detach().float(), features.detach().float()], dim=-1)
-            return Proposal(state_BS, self.augmentor.sample(state_BS, num_samples, generator, deterministic, shared))
+            place = None if share.is_whole else (share.start, share.total)
+            action = self.augmentor.sample(state_BS, num_samples, generator, deterministic, shared, place)
+            return Proposal(state_BS, action)
 
     def gate(self, proposal: Proposal) -> Tensor:
         """Return alpha = sigmoid(v) in [0, 1], [G, B]."""
@@ -161,35 +174,39 @@ class PolicyRefinedAgent(nn.Module):
         return self.config.curiosity_weight * max(0.0, 1.0 - progress / CURIOSITY_EPOCHS)
 
     def losses(
-        self, proposal: Proposal, rewards: Tensor, curiosity_scale: float = 0.0, next_state: Tensor | None = None
-    ) -> PolicyTerms:
+        self, proposal: Proposal, rewards: Tensor, curiosity_scale: float = 0.0, next_state: Tensor | None = None,
+        share: Share = WHOLE,
+    ) -> PolicyTerms:  # fmt: skip
         """Return the terms of the policy's loss.
 
         Shapes:  rewards [G, B], not finite = unscorable; next_state [G, B, S + D]
         The bonus, times curiosity_scale, enters the advantage only. Nothing in the module changes before `update`.
+        Of a share of a batch the terms are those that, weighted and added up over all shares, are the batch's.
         """
         with torch.autocast(rewards.device.type, enabled=False):
             rewards_GB = rewards.detach().float()
+            if not share.counts:
+                rewards_GB = torch.full_like(rewards_GB, torch.nan)
             valid_GB = torch.isfinite(rewards_GB)
             value_B = self.augmentor.value(proposal.state)
-            curiosity, bonus_GB, averages = self._curiosity(proposal, valid_GB, next_state)
+            curiosity, bonus_GB, averages = self._curiosity(proposal, valid_GB, next_state, share)
             advantage_GB = leave_one_out_advantage(rewards_GB + curiosity_scale * bonus_GB, value_B)
             # Only informative entries set the scale: ties would shrink it and blow up what follows them.
-            averages["advantage_scale"] = self.advantage_scale.advanced(advantage_GB, advantage_GB != 0)
+            averages["advantage_scale"] = self.advantage_scale.advanced(advantage_GB, advantage_GB != 0, share.sum)
             advantage_GB = advantage_GB / (RunningRMS.root(averages["advantage_scale"]) + 1e-6)
             log_prob_GB = self.augmentor.log_prob(proposal.action, proposal.state)
-            policy = -_masked_mean(advantage_GB * log_prob_GB, valid_GB)
+            policy = -_masked_mean(advantage_GB * log_prob_GB, valid_GB, share)
             count_B = valid_GB.sum(0)
             mean_B = torch.where(valid_GB, rewards_GB, 0.0).sum(0) / count_B.clamp(min=1)
-            value = _masked_mean(F.smooth_l1_loss(value_B, mean_B, reduction="none"), count_B > 0)
+            value = _masked_mean(F.smooth_l1_loss(value_B, mean_B, reduction="none"), count_B > 0, share)
             entropy = self.augmentor.entropy()
             total = policy + VALUE_WEIGHT * value - self.config.entropy_weight * entropy + curiosity
-            tied = _masked_mean(_tied_groups(rewards_GB).float(), count_B > 1)
-            bonus = _masked_mean(bonus_GB, valid_GB)
+            tied = _masked_mean(_tied_groups(rewards_GB).float(), count_B > 1, share)
+            bonus = _masked_mean(bonus_GB, valid_GB, share)
         return PolicyTerms(total, policy, value, entropy, curiosity, advantage_GB, tied, bonus, averages)
 
     def _curiosity(
-        self, proposal: Proposal, valid_GB: Tensor, next_state: Tensor | None
+        self, proposal: Proposal, valid_GB: Tensor, next_state: Tensor | None, share: Share
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the curiosity loss (scalar), the bonus [G, B] and the advanced averages; zeros without next states."""
         zeros_GB = torch.zeros(valid_GB.shape, device=valid_GB.device)
@@ -199,9 +216,10 @@ class PolicyRefinedAgent(nn.Module):
         usable_GB = valid_GB & torch.isfinite(next_state).all(-1)
         next_state_GBS = torch.where(usable_GB[..., None], next_state.detach().float(), 0.0)
         inverse_GB, forward_GB = curiosity(proposal.state, next_state_GBS, proposal.action)
-        averages = curiosity.surprise.advanced(forward_GB, usable_GB)
+        averages = curiosity.surprise.advanced(forward_GB, usable_GB, share.sum)
         bonus_GB = torch.where(usable_GB, curiosity.bonus(forward_GB, averages), 0.0)
-        return _masked_mean(curiosity.loss(inverse_GB, forward_GB), usable_GB), bonus_GB, {"surprise": averages}
+        loss = _masked_mean(curiosity.loss(inverse_GB, forward_GB), usable_GB, share)
+        return loss, bonus_GB, {"surprise": averages}
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the policy's own optimizer; everything but `basis`."""
@@ -230,19 +248,27 @@ class PolicyRefinedAgent(nn.Module):
 
     def step(self, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]) -> Tensor:
         """Return the gradient norm, as `update`, after one step on the gradients that are there; they are used up."""
+        norm = self.clip()
+        if torch.isfinite(norm):
+            self.apply_clipped(optimizer, averages)
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def clip(self) -> Tensor:
+        """Return the gradient norm (scalar, before clipping) and clip the gradients, without waiting for the device."""
         curious = list(self.augmentor.curiosity.parameters())
         ours = {id(parameter) for parameter in curious}
         acting = [parameter for parameter in self.policy_parameters() if id(parameter) not in ours]
         norms = [nn.utils.clip_grad_norm_(group, GRADIENT_CLIP) for group in (acting, curious)]
-        norm = torch.stack(norms).square().sum().sqrt()
-        if torch.isfinite(norm):
-            optimizer.step()
-            self.augmentor.project_()
-            self.advantage_scale.commit_(averages["advantage_scale"])
-            if "surprise" in averages:
-                self.augmentor.curiosity.surprise.commit_(averages["surprise"])
-        optimizer.zero_grad(set_to_none=True)
-        return norm
+        return torch.stack(norms).square().sum().sqrt()
+
+    def apply_clipped(self, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]) -> None:
+        """Take one step on clipped gradients of finite norm, and take over the running averages."""
+        optimizer.step()
+        self.augmentor.project_()
+        self.advantage_scale.commit_(averages["advantage_scale"])
+        if "surprise" in averages:
+            self.augmentor.curiosity.surprise.commit_(averages["surprise"])
 
 
 def _tied_groups(rewards_GB: Tensor) -> Tensor:
@@ -253,6 +279,6 @@ def _tied_groups(rewards_GB: Tensor) -> Tensor:
     return (valid_GB.sum(0) > 1) & (lowest_B == highest_B)
 
 
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of the values where the mask is True, scalar; 0 when it nowhere is."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+def _masked_mean(values: Tensor, mask: Tensor, share: Share) -> Tensor:
+    """Return the mean of the values where the mask is True, scalar; 0 when it nowhere is; of a share see `losses`."""
+    return torch.where(mask, values, 0.0).sum() / share.divisor(mask.sum())

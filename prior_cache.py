@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arc_data import MAX_SIDE, NUM_COLORS, PAD, Context, Query
+from arc_data import MAX_SIDE, NUM_COLORS, PAD, Context, Query, canvas_shape
 from demo_prior import Preference, Shape
 from prior_store import (
     MAX_CANDIDATES,
@@ -174,15 +174,16 @@ class PriorCache:
         rows = np.stack([self.features_of(context) for context in source.contexts])
         return torch.from_numpy(rows).to(source.input.device)
 
-    def preferences(self, query: Query, sizes: Tensor | Sequence[Shape], side: int) -> Tensor:
-        """Return log-probabilities float32 [B, side, side, 10]; uniform outside each size.
+    def preferences(self, query: Query, sizes: Tensor | Sequence[Shape], canvas: int | Shape) -> Tensor:
+        """Return log-probabilities float32 [B, H, W, 10] on a canvas (H, W); uniform outside each size.
 
-        `sizes` are (h, w) in the augmented frame, at most `side`; a tensor on a GPU is copied, so prefer lists there.
+        `sizes` are (h, w) in the augmented frame, within the canvas (a single number: a square); a tensor on a GPU is
+        copied, so prefer lists there.
         """
-        batch = np.full((len(query), side, side, NUM_COLORS), -math.log(NUM_COLORS), np.float32)
-        for canvas, context, shape in zip(batch, query.contexts, _plain_shapes(sizes), strict=True):
+        batch = np.full((len(query), *canvas_shape(canvas), NUM_COLORS), -math.log(NUM_COLORS), np.float32)
+        for cells, context, shape in zip(batch, query.contexts, _plain_shapes(sizes), strict=True):
             plain = self._preference(context, shape)
-            canvas[: int(shape[0]), : int(shape[1])] = context.augmentation.apply_scores(plain.log_prob)
+            cells[: int(shape[0]), : int(shape[1])] = context.augmentation.apply_scores(plain.log_prob)
         return torch.from_numpy(batch).to(query.input.device)
 
     def confidences(self, query: Query, sizes: Tensor | Sequence[Shape]) -> Tensor:
@@ -192,13 +193,13 @@ class PriorCache:
         return torch.tensor(values, dtype=torch.float32, device=query.input.device)
 
     def candidates(
-        self, query: Query, sizes: Tensor | Sequence[Shape], side: int, count: int = MAX_CANDIDATES
+        self, query: Query, sizes: Tensor | Sequence[Shape], canvas: int | Shape, count: int = MAX_CANDIDATES
     ) -> tuple[Tensor, Tensor]:
-        """Return candidate grids int64 [B, count, side, side], PAD outside, and their weights float32 [B, count].
+        """Return candidate grids int64 [B, count, H, W], PAD outside, and their weights float32 [B, count].
 
-        Best first; a context with fewer candidates has empty ones of weight 0 at the end.
+        `canvas` as in `preferences`. Best first; a context with fewer candidates has empty ones of weight 0 at the end.
         """
-        grids = np.full((len(query), count, side, side), PAD, np.int64)
+        grids = np.full((len(query), count, *canvas_shape(canvas)), PAD, np.int64)
         weights = np.zeros((len(query), count), np.float32)
         for b, (context, shape) in enumerate(zip(query.contexts, _plain_shapes(sizes), strict=True)):
             for k, (grid, weight, _) in enumerate(self._preference(context, shape).candidates[:count]):
@@ -226,17 +227,17 @@ class PriorCache:
             row[list(context.augmentation.colors)] = self._canonical(context)
         return torch.from_numpy(rows).to(query.input.device)
 
-    def color_maps(self, query: Query) -> Tensor:
+    def color_maps(self, contexts: Sequence[Context]) -> Tensor:
         """Return color_map in canonical colours, float32 [B, 10, 10] on the host; the same under every augmentation."""
         maps = [
             self._get(("map", c.key), lambda c=c: color_map(c.demonstrations, self._canonical(c)))
-            for c in query.contexts
+            for c in contexts
         ]
         return torch.from_numpy(np.stack(maps))
 
-    def size_rules(self, query: Query) -> list[str]:
+    def size_rules(self, contexts: Sequence[Context]) -> list[str]:
         """Return the name of each context's size rule."""
-        return [self._get(("rule", c.key), lambda c=c: size_rule(c.demonstrations, c.input)[0]) for c in query.contexts]
+        return [self._get(("rule", c.key), lambda c=c: size_rule(c.demonstrations, c.input)[0]) for c in contexts]
 
     # The entries
 

@@ -7,6 +7,7 @@ Imports numpy, config and arc_data. Used by the driver, for what it trains on, a
 from __future__ import annotations
 
 import difflib
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,14 @@ def canonical_hash(pair: Pair) -> str:
     """Return a hex digest that is equal for two pairs just if a dihedral transform and a renaming of the 10 colours,
     both applied to input and output together, turn one into the other. The pair needs an output.
     """
+    return _canonical_digest(_bytes(pair.input, pair.output))
+
+
+@functools.lru_cache(maxsize=16384)
+def _canonical_digest(content: bytes) -> str:
+    """Return the canonical hash of the pair that `_bytes` wrote; a run asks for those of the same pairs repeatedly."""
+    cut, cells = 4 + content[0] * content[1], np.frombuffer(content, np.uint8)
+    pair = Pair(cells[4:cut].reshape(content[0], content[1]), cells[cut:].reshape(content[2], content[3]))
     return blake2b(canonical_form(pair), digest_size=16).hexdigest()
 
 
@@ -61,10 +70,12 @@ def canonical_form(pair: Pair) -> bytes:
 
     Colours appear in reading order, first in the input, then in the output. The first four bytes are the shapes.
     """
-    versions = []
-    for a, b in ((pair.input, pair.output), (pair.input.T, pair.output.T)):
-        versions += [_renamed(_bytes(np.rot90(a, turns), np.rot90(b, turns))) for turns in range(4)]
-    return min(versions)
+    plain = (pair.input, pair.output)
+    turned = (pair.input.T, pair.output.T)
+    shapes = [(*a.shape, *b.shape) for a, b in (plain, turned)]
+    upright = [(a, b) for (a, b), shape in zip((plain, turned), shapes, strict=True) if shape == min(shapes)]
+    return min(_renamed(_bytes(a[::rows, ::cols], b[::rows, ::cols]))
+               for a, b in upright for rows in (1, -1) for cols in (1, -1))  # fmt: skip
 
 
 def _bytes(a: np.ndarray, b: np.ndarray) -> bytes:

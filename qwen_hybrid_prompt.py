@@ -304,6 +304,7 @@ def build_tiny_qwen(folder: Path | str, seed: int = 0) -> Path:
     tokenizer is Qwen's byte-level BPE with merges for the words of the rule texts, an eos token and no pad token.
     """
     _require("transformers", MIN_TRANSFORMERS)
+    from safetensors.torch import save_file
     from transformers import Qwen2Config, Qwen2Model
 
     folder = Path(folder)
@@ -321,7 +322,10 @@ def build_tiny_qwen(folder: Path | str, seed: int = 0) -> Path:
                 if parameter.dim() > 1:
                     deviation = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
                     parameter.normal_(0.0, deviation, generator=generator)
-        model.save_pretrained(folder)
+        # Not model.save_pretrained, which writes in the first of several processes only.
+        model.config.dtype, model.config.architectures = "float32", ["Qwen2Model"]
+        model.config.save_pretrained(folder)
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -429,26 +433,52 @@ def _check_revision(config: PromptConfig, found: str) -> None:
 
 
 def _load_hub(config: PromptConfig) -> LanguageModel:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    name, revision = config.model, config.revision or None
-    try:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError as error:
-        raise _unknown_model(name) from error
-    problem: Exception | None = None
-    if isinstance(cached, str):
-        snapshot = Path(cached).parent
+    name, problem = config.model, None
+    snapshot = _cached(config)
+    if snapshot is not None:
         try:
             return LanguageModel(*_from_folder(snapshot, name), snapshot.name)
         except ModelError as error:  # an interrupted download leaves config.json without weights: the hub mends that
             problem = error
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        switch = "--offline" if config.offline else "HF_HUB_OFFLINE"
-        raise ModelError(f"{name} is not in the local cache and {switch} is set", _cache_hint(name)) from problem
-    snapshot = _download(name, *_ask_hub(name, revision))
+    _require_online(config, problem)
+    snapshot = _download(name, *_ask_hub(name, config.revision or None))
     return LanguageModel(*_from_folder(snapshot, name), snapshot.name)
+
+
+def _cached(config: PromptConfig) -> Path | None:
+    """Return the folder of a hub model in the local cache. Raises: ModelError for what can be no hub id."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(config.model, "config.json", revision=config.revision or None)
+    except HFValidationError as error:
+        raise _unknown_model(config.model) from error
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _require_online(config: PromptConfig, problem: Exception | None = None) -> None:
+    if config.offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        switch = "--offline" if config.offline else "HF_HUB_OFFLINE"
+        name = config.model
+        raise ModelError(f"{name} is not in the local cache and {switch} is set", _cache_hint(name)) from problem
+
+
+def find_language_model(config: PromptConfig) -> str:
+    """Return where the language model would be loaded from, in words, without loading it.
+
+    Raises: ModelError when it cannot be had, within seconds if the hub is silent.
+    """
+    _require("transformers", MIN_TRANSFORMERS)
+    if config.model == "tiny":
+        return "built here"
+    if (folder := Path(config.model).expanduser()).is_dir():
+        return f"in the folder {folder}"
+    snapshot = _cached(config)
+    if snapshot is not None:
+        return f"in the local cache, commit {snapshot.name[:12]}"
+    _require_online(config)
+    return f"on huggingface.co, commit {_ask_hub(config.model, config.revision or None)[0][:12]}"
 
 
 def _from_folder(folder: Path, name: str) -> tuple[nn.Module, Any]:
@@ -728,10 +758,28 @@ class QwenHybridPrompt(nn.Module):
         mask_KL = torch.arange(longest, device=device) < length_K[:, None]
         frozen = not self.language_parameters()
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            hidden_KLD = self.language_model(input_ids=ids_KL, attention_mask=mask_KL.long()).last_hidden_state.float()
+            seen = self._attention_mask(mask_KL)
+            hidden_KLD = self.language_model(input_ids=ids_KL, attention_mask=seen).last_hidden_state.float()
         sum_KD = torch.where(mask_KL[:, :, None], hidden_KLD, 0.0).sum(1)
         mean_KD = sum_KD / length_K[:, None]
         return mean_KD[torch.tensor([row_of[text] for text in texts], device=device)]
+
+    def _attention_mask(self, mask_KL: Tensor) -> Tensor:
+        """Return what tells the language model where its tokens may look, from where they are.
+
+        Padding is on the right, where no token of a causal model looks, so its mask is the same for all texts. Other
+        masks make transformers read them on the host, for which the device would have to wait.
+        """
+        if not self._is_causal:
+            return mask_KL.long()
+        length = mask_KL.shape[1]
+        return torch.ones(length, length, dtype=torch.bool, device=mask_KL.device).tril()[None, None]
+
+    @functools.cached_property
+    def _is_causal(self) -> bool:
+        """Return True when every attention of the language model looks back only, and takes a boolean mask."""
+        flags = [m.is_causal for m in self.language_model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+        return self.language_model.config._attn_implementation == "sdpa" and bool(flags) and all(flags)
 
     def _tokenize(self, texts: list[str]) -> list[tuple[int, ...]]:
         """Return the token ids of each text, cut at max_tokens; texts seen lately are only looked up."""

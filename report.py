@@ -167,21 +167,24 @@ class RunFolder:
     """The files of one run. Opening a folder that exists keeps what is in it.
 
     config.json, env.json (one entry per session), run.json (status), run.log, metrics.jsonl, epochs.csv, checkpoints/,
-    and in the parent folder LATEST with the newest run's name.
+    and in the parent folder LATEST with the newest run's name. With `writes` False all that would write does nothing:
+    one process of a run writes, the others look.
     Raises: RunFolderError when the folder cannot be written to.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, writes: bool = True):
+        self.path, self.writes = Path(path), writes
         self.name = self.path.name
-        check_writable(self.path)
+        if writes:
+            check_writable(self.path)
         self.checkpoints = self.path / "checkpoints"
         self.best = self.path / "best"
         self.log_path = self.path / "run.log"
         self.metrics_path = self.path / "metrics.jsonl"
         self.epochs_path = self.path / "epochs.csv"
         self._lock = threading.Lock()
-        self.checkpoints.mkdir(exist_ok=True)
+        if writes:
+            self.checkpoints.mkdir(exist_ok=True)
 
     @classmethod
     def create(cls, out: str | Path, name: str = "", now: datetime | None = None) -> RunFolder:
@@ -199,7 +202,8 @@ class RunFolder:
 
     def write_config(self, config: dict[str, Any], **facts: Any) -> None:
         """Write config.json: the resolved settings under "config", beside facts such as model_commit and data_hash."""
-        write_json_atomic(self.path / "config.json", {**facts, "config": config})
+        if self.writes:
+            write_json_atomic(self.path / "config.json", {**facts, "config": config})
 
     def read_config(self) -> dict[str, Any]:
         """Return what `write_config` wrote; empty when there is none."""
@@ -209,7 +213,10 @@ class RunFolder:
         """Return this session's number (from 1) after noting it in env.json, run.json, run.log and LATEST.
 
         `facts` is `environment()` with what the caller adds (GPU, precision); `resumed_at` says where the run goes on.
+        0 without right to write.
         """
+        if not self.writes:
+            return 0
         stamp = f"{now or datetime.now():%Y-%m-%d %H:%M:%S}"
         sessions = _read_json(self.path / "env.json", list)
         number = len(sessions) + 1
@@ -237,12 +244,16 @@ class RunFolder:
     def set_status(self, status: str, **facts: Any) -> None:
         """Write run.json atomically: the new status and facts (epoch, batch, best...) over the ones already there."""
         assert status in STATUSES, status
+        if not self.writes:
+            return
         updated = {"status": status, "updated": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
         with self._lock:  # checkpoints are written, and noted here, on another thread
             write_json_atomic(self.path / "run.json", {**self.read_status(), **facts, **updated})
 
     def write_epoch(self, row: dict[str, Any]) -> None:
         """Write one row of epochs.csv; `row["epoch"]` and later rows of an earlier attempt are replaced."""
+        if not self.writes:
+            return
         try:
             rows = [old for old in read_epochs(self.epochs_path) if int(old["epoch"]) < row["epoch"]]
         except RunFolderError:  # the table is a summary; an epoch's work must not be lost over it
@@ -349,6 +360,27 @@ class MetricLog:
             raise RunFolderError(f"{self.path} is damaged: its last line is longer than {MAX_LINE} bytes",
                                  "rename it, and a new one is begun")  # fmt: skip
         self._file.truncate(size - len(tail) + end + 1)
+
+
+class NoMetrics(MetricLog):
+    """The log of a process that does not write: it keeps nothing, and its offset is 0."""
+
+    def __init__(self) -> None:
+        """Open nothing."""
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Forget the record."""
+
+    def offset(self) -> int:
+        """Return 0."""
+        return 0
+
+    def truncate(self, offset: int) -> int:
+        """Return 0: nothing was cut."""
+        return 0
+
+    def close(self) -> None:
+        """Close nothing."""
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -463,11 +495,12 @@ class Console:
     """Lines for the person at the screen, kept in run.log as well; several threads and a signal handler may say some.
 
     Lines said before `attach` names the log are written to it then. All text of the program is ASCII; characters of
-    paths and names that the terminal cannot show become "?".
+    paths and names that the terminal cannot show become "?". Of several processes the first one speaks; from the others
+    (`process` above 0) only errors come, with the number of the process.
     """
 
-    def __init__(self, *, quiet: bool = False):
-        self.quiet = quiet
+    def __init__(self, *, quiet: bool = False, process: int = 0):
+        self.quiet, self.process = quiet or process > 0, process
         self._log: IO[str] | None = None
         self._waiting: list[str] = []
         self._bar: Any = None
@@ -491,6 +524,8 @@ class Console:
 
     def say(self, text: str = "", *, always: bool = False) -> None:
         """Print on stdout, unless quiet and not `always`; log in any case."""
+        if self.process:
+            return
         self._record(text)
         if always or not self.quiet:
             self._show(text, sys.stdout)
@@ -501,7 +536,8 @@ class Console:
 
     def warn(self, text: str, hint: str = "") -> None:
         """Print a warning, and what to do about it, on stderr."""
-        self._complain("warning", text, hint)
+        if not self.process:
+            self._complain("warning", text, hint)
 
     def error(self, error: BaseException | str, hint: str = "", *, debug: bool = False) -> None:
         """Print an error on stderr. The traceback of an exception goes to the log, and to stderr when debugging."""
@@ -511,7 +547,8 @@ class Console:
             if debug:
                 self._show(trace, sys.stderr)
             hint = hint or getattr(error, "hint", "")
-        self._complain("error", str(error) or type(error).__name__, hint)
+        where = f"process {self.process}: " if self.process else ""
+        self._complain("error", where + (str(error) or type(error).__name__), hint)
 
     def progress(self, total: int, desc: str, initial: int = 0, *, leave: bool = True, unit: str = "batch"):
         """Return a bar above which lines of this console are printed."""

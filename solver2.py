@@ -217,12 +217,12 @@ class MemoryBuffer:
         return [{"task": task, "pair": pair, **dict(zip(columns, values, strict=True))}
                 for (task, pair), *values in rows]
 
-    def count_hits(self, recall: Recall) -> None:
-        """Add the recalled entries to the hit counts and to the hit rate; copies the index to the host."""
-        rows, found = self._locate(recall.index)
+    def count_hits(self, index: Tensor, valid: Tensor) -> None:
+        """Add recalled entries to the hit counts and to the hit rate: index and valid [B, K] of a Recall."""
+        rows, found = self._locate(index)
         self._live("hits").index_add_(0, rows[found], torch.ones_like(rows[found]))
-        self._counters["queries"] += recall.valid.shape[0]
-        self._counters["answered"] += int(recall.valid.any(1).sum())
+        self._counters["queries"] += valid.shape[0]
+        self._counters["answered"] += int(valid.any(1).sum())
 
     def update_gain(self, index: Tensor, gain: Tensor, weights: Tensor) -> None:
         """Move the entries' gain towards `gain` [B] = score with memory - score without, at a rate of .1 x attention.
@@ -546,22 +546,36 @@ class ZTable(nn.Module):
         self.rate, self.temperature = rate, temperature
         self.register_buffer("z", torch.ones(num_tasks + 1, NUM_COLORS + 1, NUM_COLORS))
 
-    @torch.no_grad()
     def update(self, task_slot: Tensor, c_in: Tensor, prediction: Tensor, target: Tensor, mask: Tensor,
                color_permutation: Tensor) -> None:
-        """Move visited entries towards mean exp(r / tau): r = 1 for the true colour, -1 for a wrong predicted one.
+        """Learn from the `visits` of a batch of tasks task_slot [B]."""
+        self.learn(task_slot, self.visits(c_in, prediction, target, mask, color_permutation))
 
-        Shapes: task_slot [B], c_in, prediction, target [B, H, W] in augmented colours, mask [B, H, W] (cells to learn
-        from), color_permutation [B, 10] (old -> new). A right prediction is the same visit as its true colour.
+    @torch.no_grad()
+    def visits(self, c_in: Tensor, prediction: Tensor, target: Tensor, mask: Tensor,
+               color_permutation: Tensor) -> Tensor:
+        """Return how often each sample visits each entry, float32 [B, 2, 11, 10]: true colours, then wrong predicted.
+
+        Shapes: c_in, prediction, target [B, H, W] in augmented colours, mask [B, H, W] (cells to learn from),
+        color_permutation [B, 10] (old -> new). A right prediction is the same visit as its true colour.
         """
         original = color_permutation.argsort(1)
-        slot = task_slot[:, None, None]
-        source = self._translate(c_in, original)
-        base = (slot * (NUM_COLORS + 1) + source) * NUM_COLORS
-        learned = mask & (slot > 0) & (target >= 0) & (target < NUM_COLORS)
+        base = self._translate(c_in, original) * NUM_COLORS
+        learned = mask & (target >= 0) & (target < NUM_COLORS)
         wrong = learned & (prediction != target) & (prediction >= 0) & (prediction < NUM_COLORS)
-        right_count = self._count(base + self._translate(target, original).clamp_max(NUM_COLORS - 1), learned)
-        wrong_count = self._count(base + self._translate(prediction, original).clamp_max(NUM_COLORS - 1), wrong)
+        counts = [self._count(base + self._translate(color, original).clamp_max(NUM_COLORS - 1), chosen)
+                  for color, chosen in ((target, learned), (prediction, wrong))]
+        return torch.stack(counts, 1)
+
+    @torch.no_grad()
+    def learn(self, task_slot: Tensor, visits: Tensor) -> None:
+        """Move visited entries towards mean exp(r / tau): r = 1 for the true colour, -1 for a wrong predicted one.
+
+        Shapes: task_slot [B] (0 learns nothing), visits [B, 2, 11, 10]; sums of whole numbers, so no order matters.
+        """
+        count = torch.zeros(len(self.z), *visits.shape[1:], device=self.z.device)
+        count.index_add_(0, task_slot, torch.where((task_slot > 0)[:, None, None, None], visits, 0.0))
+        right_count, wrong_count = count.unbind(1)
         unit = self.z.new_tensor(1.0 / self.temperature)
         total = right_count * unit.exp() + wrong_count * (-unit).exp()
         self.z.copy_(z_update(self.z, total, right_count + wrong_count, self.rate))
@@ -574,10 +588,12 @@ class ZTable(nn.Module):
         return table[batch[:, None, None], self._translate(c_in, original)]
 
     def _count(self, index: Tensor, chosen: Tensor) -> Tensor:
-        """Return how often each entry was visited; sums of ones are exact, so the order of adding does not matter."""
-        count = torch.zeros(self.z.numel(), device=self.z.device)
-        count.index_add_(0, torch.where(chosen, index, 0).flatten(), chosen.flatten().float())
-        return count.view_as(self.z)
+        """Return how often each of an entry's 11 x 10 numbers is chosen by an index [B, H, W], float32 [B, 11, 10]."""
+        numbers = (NUM_COLORS + 1) * NUM_COLORS
+        first = numbers * torch.arange(len(index), device=index.device)[:, None, None]
+        count = torch.zeros(len(index) * numbers, device=self.z.device)
+        count.index_add_(0, (first + torch.where(chosen, index, 0)).flatten(), chosen.flatten().float())
+        return count.view(len(index), NUM_COLORS + 1, NUM_COLORS)
 
     @staticmethod
     def _translate(color: Tensor, original: Tensor) -> Tensor:

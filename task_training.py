@@ -279,7 +279,7 @@ def demonstration_loss(system: ARCSystem, query: Query, answer: Answer) -> Tenso
     The prompt is moved by the policy's mean, as predictions move theirs, unless these use it as it is written.
     """
     scene = system.observe(query)
-    reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1], answer.shapes)
+    reading, _ = system.read(query, scene, answer.target_size, answer.canvas, answer.shapes)
     embedding = scene.embedding
     if system.config.evaluation.refine != "none":
         mean_move = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)

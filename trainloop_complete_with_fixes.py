@@ -4,7 +4,8 @@
     python trainloop_complete_with_fixes.py --resume --epochs 20 --device cuda
 
 Reads top to bottom as the story of one training step: `train_step` computes, `finish_step` changes, `take_step` repeats
-in smaller parts what does not fit the memory, `train` schedules. Everything a run writes lies in runs/NAME/ (see
+in smaller parts what does not fit the memory, `train` schedules. Started by torchrun, several processes do the same
+on shares of each batch (`exchange` adds them up). Everything a run writes lies in runs/NAME/ (see
 README). Where the seven problems of the first design are solved: 1 Qwen trains (`QwenHybridPrompt`, `train_step`), 2
 and 6 reward and policy (`refine_prompt`), 3 hard cells and 4 size curriculum (`EFELoss`), 5 memory (`learn_from`), 7
 stable numbers (`finish_step`).
@@ -12,29 +13,39 @@ stable numbers (`finish_step`).
 
 from __future__ import annotations
 
+import os
 import sys
 
-from config import ConfigError, parse_command_line
+import doctor
+from config import ConfigError, DoctorCommand, parse_command_line
 from report import Console
 
-if __name__ == "__main__":  # --help and every usage error answer before torch is loaded
+if __name__ == "__main__":  # --help, doctor, usage errors and missing packages answer before torch is loaded
+    SPEAKS = os.environ.get("RANK", "0") == "0"  # the other processes of torchrun find the same
     try:
         COMMAND = parse_command_line(sys.argv[1:])
     except ConfigError as problem:
-        Console().error(str(problem), problem.hint)
+        if SPEAKS:
+            Console().error(str(problem), problem.hint)
         sys.exit(2)
     if getattr(COMMAND, "verb", "") == "report":
         import report_command
 
         sys.exit(report_command.answer(COMMAND, Console(quiet=COMMAND.quiet)))
+    if isinstance(COMMAND, DoctorCommand):
+        sys.exit(doctor.examine(COMMAND, Console(quiet=COMMAND.quiet)))
+    for fault, hint in doctor.package_faults():
+        if SPEAKS:
+            Console().error(fault, hint)
+        sys.exit(4)
 
 import contextlib
 import dataclasses
-import os
+import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +68,7 @@ from arc_data import (
     Query,
     Segment,
     TaskSampler,
+    collate,
     data_hash,
     evaluation_batches,
     leave_one_out,
@@ -81,6 +93,7 @@ from arc_system import (
     on_canvas,
     score_refinements,
     set_learning_rate,
+    to_host,
     update_ratio,
 )
 from config import (
@@ -103,6 +116,7 @@ from config import (
     to_dict,
     with_values,
 )
+from distributed import ALONE, WHOLE, Ended, PeerError, Share, World, fingerprint, share_of
 from evaluate import baselines, validate
 from gallery import Gallery
 from grid_accuracy_loss import Trajectory, cell_accuracy, exact_match, parameter_count
@@ -119,6 +133,7 @@ from memory_ladder import (
     shortage,
 )
 from model_persistence import (
+    Checkpoint,
     CheckpointError,
     CheckpointStore,
     RunChoice,
@@ -127,6 +142,7 @@ from model_persistence import (
     StopFlag,
     all_finite,
     count_bytes,
+    find_launched,
     find_run,
     list_checkpoints,
     read_checkpoint,
@@ -136,10 +152,12 @@ from model_persistence import (
     snapshot,
 )
 from policy_refined import PolicyTerms
+from prior_store import core_count
 from protocols import TRAINED, VALIDATED, LeakError, load_protocol, pair_table, without_own_answers
 from qwen_hybrid_prompt import ModelError
 from report import (
     MetricLog,
+    NoMetrics,
     RunFolder,
     RunFolderError,
     banner_line,
@@ -156,6 +174,7 @@ from run_backup import Backup, bring_back
 from run_pictures import write_curves
 from solver2 import Candidates
 
+SMALLER_BATCHES = "--resume with a smaller --batch-cells, or in one process, which goes on with smaller parts"
 MAX_BAD_STEPS = 20
 MAX_ROLLBACKS = 3
 MAX_PAGE_SECONDS = 2.0  # a page that takes longer is written at the end of a session only
@@ -174,12 +193,16 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Moment:
-    """Where in the run a step stands: progress in epochs, fractional; part: its number where a batch has several."""
+    """Where in the run a step stands: progress in epochs, fractional; part: its number where a batch has several.
+
+    share: which pairs of the batch it is about, where several processes share it.
+    """
 
     step: int
     progress: float
     scores_refinements: bool
     part: int | None = None
+    share: Share = WHOLE
 
 
 @dataclass
@@ -201,36 +224,38 @@ class StepResult(StepNumbers):
     scene: Scene
     refined: Tensor  # [B, Dp]
     trajectory: Trajectory
+    share: Share = WHOLE
 
 
 def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) -> StepResult:
     """Return the loss of one batch, and the policy's, without changing anything."""
     scene = system.observe(query)  # rule text -> Qwen -> prompt, and the memories it recalls
-    side = answer.target.shape[-1]
-    reading, preference = system.read(query, scene, answer.target_size, side, answer.shapes)  # size given
+    reading, preference = system.read(query, scene, answer.target_size, answer.canvas, answer.shapes)  # size given
     mean_move = system.policy.propose(scene.prompt, scene.features, 1, deterministic=True)
     refined = system.policy.refine(scene.embedding, mean_move, 0)
-    target = torch.where(answer.mask, answer.target, PAD)
-    trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size)
+    target, seen = torch.where(answer.mask, answer.target, PAD), on_canvas(query.input, answer.canvas)
+    trajectory = system.plan_both_ways(query, scene, reading, refined, target, answer.target_size, answer.shapes)
     policy, reward, gain, move = None, None, None, None
     if moment.scores_refinements:
         part = () if moment.part is None else (moment.part,)
         generator = keyed_generator(query.input.device, system.config.run.seed, "refine", moment.step, *part)
-        proposal = system.policy.propose(scene.prompt, scene.features, system.config.policy.rl_samples, generator)
+        samples = system.config.policy.rl_samples
+        proposal = system.policy.propose(scene.prompt, scene.features, samples, generator, share=moment.share)
         policy, reward, gain, move = score_refinements(
-            system, query, answer, scene, reading, proposal, refined, trajectory, moment.progress
+            system, query, answer, scene, reading, proposal, refined, trajectory, moment.progress, moment.share
         )
     terms = system.efe_loss(
         trajectory,
         query,
         answer,
         preference=preference,
-        desirability=system.z_table.lookup(query.task_slot, on_canvas(query.input, side), query.color_permutation),
+        desirability=system.z_table.lookup(query.task_slot, seen, query.color_permutation),
         prompt=scene.prompt.embedding,
         reward=reward,
         progress=moment.progress,
+        share=moment.share,
     )
-    return StepResult(terms.total, terms, policy, reward, gain, move, scene, refined, trajectory)
+    return StepResult(terms.total, terms, policy, reward, gain, move, scene, refined, trajectory, moment.share)
 
 
 # 2. One update -------------------------------------------------------------------------------------------------------
@@ -257,9 +282,10 @@ def apply_gradients(
 def backpropagate(result: StepResult, system: ARCSystem, runtime: Runtime, share: float = 1.0) -> None:
     """Add the gradients of a part that is this share of its batch's pairs, the policy's too; nothing else changes.
 
-    Over all parts the gradients add up to those of the whole batch for every term that is a mean over the samples. Not
-    L_prompt, whose negatives are the other samples of the part; nor the policy's advantages, which each part divides by
-    its own scale; nor L_reward where a sample has no finite reward.
+    Over all parts the gradients add up to those of the whole batch for every term that is a mean over the samples. Not,
+    for parts that one process computes one after the other, L_prompt, whose negatives are the other samples of the
+    part; nor the policy's advantages, which each part divides by its own scale; nor L_reward where a sample has no
+    finite reward. What several processes compute at once adds up for these as well.
     """
     runtime.scaler.scale(result.total if share == 1 else share * result.total).backward()
     if result.policy is not None:
@@ -280,20 +306,22 @@ def finish_step(
     language = [p for _, p in system.language_parameters()]
     qwen_norm = gradient_norm(language, runtime.device)
     norm = torch.nn.utils.clip_grad_norm_(owned, system.config.optim.clip)
-    taken = bool(torch.isfinite(norm) & torch.isfinite(result.total))  # the one place where the host waits
-    ratio = None
+    policy_norm = norm if result.policy is None else system.policy.clip()
+    # The one place where the host waits for the gradients.
+    found, *others = torch.stack((norm, result.total.detach().to(norm.dtype), policy_norm)).tolist()
+    taken, ratio = math.isfinite(found) and math.isfinite(others[0]), None
     if taken:
         before = [p.detach().clone() for p in language] if watch_qwen else None
         for optimizer in main:
             optimizer.step()
         if before:
             ratio = update_ratio(before, [p.detach() for p in language])
-        if result.policy is not None:
-            system.policy.step(optimizers.policy, result.policy.averages)
+        if result.policy is not None and math.isfinite(others[1]):
+            system.policy.apply_clipped(optimizers.policy, result.policy.averages)
     if scaler.is_enabled():
         scaler.update(None if taken else scaler.get_scale() * scaler.get_backoff_factor())
     drop_gradients(optimizers)
-    return Update(taken, float(norm), qwen_norm, ratio)
+    return Update(taken, found, qwen_norm, ratio)
 
 
 def drop_gradients(optimizers: Optimizers) -> None:
@@ -314,37 +342,42 @@ def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResu
 
     Called after a step that was taken. A sample's score is its cell accuracy, 0 when its size was predicted wrong; the
     memory compares it with the cell accuracy of the prior's best grid, which has the true size.
+    Each of several processes learns from the rows of all, in the order of the batch.
     """
+    share = result.share
     prediction = result.trajectory.decode()
     right, cells = cell_accuracy(prediction, answer.target)
     sizes = result.scene.sizes()
     score = torch.where((sizes == answer.target_size).all(1), right / cells.clamp(min=1), 0.0)
     exact = exact_match(prediction, sizes, answer.target, answer.target_size)
-    system.z_table.update(
-        query.task_slot, on_canvas(query.input, prediction.shape[-1]), prediction, answer.target, answer.mask,
-        query.color_permutation,
-    )  # fmt: skip
-    embedding = result.scene.prompt.embedding
-    system.efe_loss.remember(embedding, query.task_slot)
+    visits = system.z_table.visits(
+        on_canvas(query.input, answer.canvas), prediction, answer.target, answer.mask, query.color_permutation
+    )
+    slot, visits, embedding = share.rows(query.task_slot, visits, result.scene.prompt.embedding)
+    system.z_table.learn(slot, visits)
+    system.efe_loss.remember(embedding, slot)
     if not system.config.memory.use_memory:
         return 0
-    best, _ = system.prior.candidates(query, answer.shapes, answer.target.shape[-1], count=1)
+    best, _ = system.prior.candidates(query, answer.shapes, answer.canvas, count=1)
     prior_score = cell_accuracy(best[:, 0], answer.target)[0] / cells.clamp(min=1)
-    move = torch.zeros_like(embedding) if result.move is None else result.move
-    scores = torch.stack((score, prior_score, exact), 1)
-    host = torch.cat((embedding, move, result.scene.features, scores), 1).float().cpu()
-    widths = (embedding.shape[1], embedding.shape[1], result.scene.features.shape[1], 3)
-    prompt, delta, features, scores = host.split(widths, 1)
-    score, prior_score, exact = scores.unbind(1)
-    tasks, pairs = [c.task_id for c in query.contexts], [c.pair_id for c in query.contexts]
+    move = torch.zeros_like(result.refined) if result.move is None else result.move
+    recall, gain = result.scene.recall, result.gain
+    seen = () if recall is None else (recall.index, recall.valid, recall.weights)
+    seen = (*seen, *(() if gain is None else (gain,)))
+    move, features, *rest = share.rows(move, result.scene.features, score, prior_score, exact, *seen)
+    floats = (x.float() for x in (embedding, move, features, *rest[:2]))
+    prompt, delta, features, score, prior_score, exact, *seen = to_host(*floats, *rest[2:])
+    contexts = query.contexts if share.is_whole else share.contexts
+    tasks, pairs = [c.task_id for c in contexts], [c.pair_id for c in contexts]
     candidates = Candidates(
-        task_ids=tasks, pair_ids=pairs, size_rules=system.prior.size_rules(query), features=features, prompt=prompt,
-        delta=delta, color_map=system.prior.color_maps(query), score=score, prior_score=prior_score, exact=exact > 0,
+        task_ids=tasks, pair_ids=pairs, size_rules=system.prior.size_rules(contexts), features=features, prompt=prompt,
+        delta=delta, color_map=system.prior.color_maps(contexts), score=score, prior_score=prior_score, exact=exact,
     )  # fmt: skip
-    if result.scene.recall is not None:
-        system.memory.count_hits(result.scene.recall)
-        if result.gain is not None:
-            system.memory.update_gain(result.scene.recall.index, result.gain, result.scene.recall.weights)
+    if recall is not None:
+        index, valid, weights, *gain = seen
+        system.memory.count_hits(index, valid)
+        if gain:
+            system.memory.update_gain(index, gain[0], weights)
     system.memory.refresh(tasks, pairs, prompt)
     system.memory.reevaluate(tasks, pairs, score)
     return system.memory.admit(candidates, step=step, version=step)
@@ -365,38 +398,44 @@ class Part:
 
 @dataclass
 class Step:
-    """What became of a batch: the batch, its numbers, the update, and how many entries the memory admitted."""
+    """What became of a batch: its contexts and number of target cells, its numbers, the update, and how many entries
+    the memory admitted."""
 
-    query: Query
-    answer: Answer
+    contexts: Sequence[Context]
+    cells: Tensor
     numbers: StepNumbers
     update: Update
     admitted: int
 
 
 def take_step(run: Run, epoch: int, k: int, moment: Moment, watch_qwen: bool) -> Step:
-    """Return what became of batch k of `epoch`, computed in as many parts as the memory asks for.
+    """Return what became of batch k of `epoch`, computed in as many parts as the memory and the processes ask for.
 
     Raises: OutOfMemory when even the smallest parts do not fit; then nothing has changed but the rung.
     """
     parts = compute_within_memory(run, epoch, k, moment)
-    query, answer, numbers = parts[0].query, parts[0].answer, parts[0].result
-    if len(parts) > 1:
-        (query, answer), numbers = run.sampler.batch(epoch, k), joined(parts)
+    contexts, cells, numbers = parts[0].query.contexts, parts[0].answer.mask.sum(), parts[0].result
+    share = numbers.share
+    if not share.is_whole:
+        contexts, cells, numbers = share.contexts, share.sum(cells), joined(parts, run.world)
+        exchange(run)
+    elif len(parts) > 1:
+        query, answer = run.sampler.batch(epoch, k)
+        contexts, cells, numbers = query.contexts, answer.mask.sum(), joined(parts)
     with unrepeatable(run):
         update = finish_step(numbers, run.system, run.optimizers, run.runtime, watch_qwen)
         admitted = 0
         if update.taken:
             run.average.update()
             admitted = sum(learn_from(run.system, p.query, p.answer, p.result, moment.step) for p in parts)
-    return Step(query, answer, numbers, update, admitted)
+    return Step(contexts, cells, numbers, update, admitted)
 
 
 def compute_within_memory(run: Run, epoch: int, k: int, moment: Moment) -> list[Part]:
     """Return the computed parts of a batch; while the memory does not suffice, repeat it one rung lower.
 
     Nothing has changed when a repetition begins: `train_step` fills caches only, and the gradients are dropped.
-    Raises: OutOfMemory below the last rung.
+    Raises: OutOfMemory below the last rung, and at once with several processes, which would have to go down together.
     """
     emptied = False
     while True:
@@ -406,6 +445,9 @@ def compute_within_memory(run: Run, epoch: int, k: int, moment: Moment) -> list[
             if not is_out_of_memory(error):
                 raise
             short = shortage(error, run.runtime.device)
+            if run.world.size > 1:
+                where = f"epoch {epoch} batch {k} on process {run.world.rank}"
+                raise OutOfMemory(f"{short} at {where}", SMALLER_BATCHES) from error
         drop_gradients(run.optimizers)  # here, where the traceback no longer holds on to the graph
         free_memory(run.runtime.device)
         how = "after emptying the cache"
@@ -417,6 +459,8 @@ def compute_within_memory(run: Run, epoch: int, k: int, moment: Moment) -> list[
 
 def compute_parts(run: Run, epoch: int, k: int, moment: Moment) -> list[Part]:
     """Return the parts of batch k of `epoch`, their gradients added up in the parameters."""
+    if run.world.size > 1:
+        return [compute_share(run, epoch, k, moment)]
     batches, parts = run.sampler.parts(epoch, k, run.state.rung.parts), []
     total = sum(len(query) for query, _ in batches)
     for index, batch in enumerate(batches):
@@ -429,15 +473,62 @@ def compute_parts(run: Run, epoch: int, k: int, moment: Moment) -> list[Part]:
     return parts
 
 
-def joined(parts: list[Part]) -> StepNumbers:
-    """Return the numbers of a whole batch from those of its parts, without graphs."""
+def compute_share(run: Run, epoch: int, k: int, moment: Moment) -> Part:
+    """Return what this process computes of batch k of `epoch`, its gradients in the parameters."""
+    pieces = run.sampler.pieces(epoch, k, run.world.size)
+    contexts = [context for piece, _ in pieces for context in piece]
+    number, share = share_of(run.world, [len(piece) for piece, _ in pieces], contexts)
+    query, answer = (half.to(run.runtime.device) for half in collate(*pieces[number]))
+    with run.runtime.autocast():
+        result = train_step(run.system, query, answer, dataclasses.replace(moment, share=share))
+    backpropagate(result, run.system, run.runtime, share.weight)
+    return Part(query, answer, share.weight, result)
+
+
+def joined(parts: list[Part], world: World = ALONE) -> StepNumbers:
+    """Return the numbers of a whole batch from those of its parts, here and in other processes, without graphs."""
     results, shares = [part.result for part in parts], [part.share for part in parts]
-    cells = [part.answer.mask.sum() for part in parts]
-    terms = loss_function.joined_terms([result.terms for result in results], shares, cells)
+    cells = [part.answer.mask.sum() * (part.share > 0) for part in parts]
+    terms = loss_function.joined_terms([result.terms for result in results], shares, cells, world)
     if results[0].policy is None:
         return StepNumbers(terms.total, terms, None, None)
-    policy = policy_refined.joined_terms([result.policy for result in results], shares)
-    return StepNumbers(terms.total, terms, policy, torch.cat([result.reward for result in results]))
+    policy = policy_refined.joined_terms([result.policy for result in results], shares, world)
+    reward = torch.cat([result.reward for result in results])
+    return StepNumbers(terms.total, terms, policy, *results[0].share.rows(reward))
+
+
+def exchange(run: Run) -> None:
+    """Add up the gradients of all processes, and agree on whether to end or to save after this batch.
+
+    A parameter without a gradient in any process keeps none, so that no optimizer touches it.
+    """
+    optimizers = (*run.optimizers.main.values(), run.optimizers.policy)
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    there = [float(p.grad is not None) for p in parameters]
+    head = torch.tensor([*wishes(run), *there], device=run.runtime.device)
+    head, *gradients = run.world.sum([head, *(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)])
+    found = head.tolist()
+    agree(run, found[: len(found) - len(there)])
+    for parameter, gradient, count in zip(parameters, gradients, found[len(found) - len(there) :], strict=True):
+        parameter.grad = gradient if count else None
+
+
+def wishes(run: Run) -> list[float]:
+    """Return 1 for each thing that this process asks for: to end by SIGINT, by SIGTERM, as time is over; to save.
+
+    Time is the first process's, which also saves.
+    """
+    signals = [float(run.stop.signal == number) for number in (signal.SIGINT, signal.SIGTERM)]
+    first = run.world.is_first
+    return [*signals, float(first and run.out_of_time()), float(first and run.saver.is_due(run.state.batch + 1))]
+
+
+def agree(run: Run, asked: list[float]) -> None:
+    """Take over what the processes ask for together: `wishes`, summed."""
+    interrupted, terminated, late, run.saves = map(bool, asked)
+    run.ends = interrupted or terminated or late
+    if interrupted or terminated:
+        run.stop.signal = signal.SIGTERM if terminated else signal.SIGINT
 
 
 def go_down(run: Run, short: Shortage, pairs: int) -> str:
@@ -491,7 +582,8 @@ class LoopState:
     log line and since the epoch's start, kept on the device; memory_before holds what the memory had counted at the
     epoch's start; best holds the best validation figures so far; lr_factor is halved by each of the rollbacks; segments
     holds the batches of `epoch` that were taken under other batch sizes, before a resume changed them; device and
-    precision say on what the last session computed, and rung what it had to do to fit its memory.
+    precision say on what the last session computed, processes how many shared its batches, and rung what it had to do
+    to fit its memory.
     """
 
     epoch: int = 0
@@ -510,6 +602,7 @@ class LoopState:
     segments: list[Segment] = field(default_factory=list)
     device: str = ""
     precision: str = ""
+    processes: int = 1
     rung: Rung = field(default_factory=Rung)
 
     def __post_init__(self) -> None:
@@ -547,6 +640,9 @@ class Run:
     stop: StopFlag
     data_hash: str
     seen: dict[str, dict[str, Any]]  # what the weights see, for whoever scores them
+    world: World = ALONE
+    ends: bool = False  # the processes have agreed to end after this batch
+    saves: bool = False  # and to save after it
     health: Health = field(default_factory=Health)
     baselines: dict[str, float | str] | None = None
     page_seconds: float = 0.0  # of computing that the last report.html took
@@ -571,7 +667,9 @@ class Run:
             self.stop.release()
 
     def note(self, what: str, write: Callable[[], object]) -> None:
-        """Write something that training can go on without; a failure is a warning."""
+        """Write something that training can go on without, on the first process; a failure is a warning."""
+        if not self.world.is_first:
+            return
         try:
             write()
         except OSError as error:
@@ -583,8 +681,16 @@ class Run:
         return bool(hours) and time.monotonic() - self.started > hours * 3600
 
     def is_over(self) -> bool:
-        """Return True when this session has to end: a signal came, or the time is over."""
+        """Return True when this process would end the session: a signal came, or the time is over."""
         return self.stop.signal is not None or self.out_of_time()
+
+    def is_ending(self) -> bool:
+        """Return True when the session ends after this batch; several processes have agreed on that within it."""
+        return self.is_over() if self.world.size == 1 else self.ends
+
+    def save_is_due(self) -> bool:
+        """Return True when a checkpoint is due after this batch."""
+        return self.saver.is_due(self.state.batch) if self.world.size == 1 else self.saves
 
 
 def limited(count: int, limit: int) -> int:
@@ -627,7 +733,7 @@ def due(count: int, every: int, last: bool) -> bool:
 
 def train(run: Run) -> int:
     """Train until the last epoch, a signal, or the end of the time; return the exit code."""
-    if run.state.step == 0 and not run.store.path(0).exists():
+    if run.state.step == 0 and not run.world.first(lambda: run.store.path(0).exists()):
         save(run)  # so that --resume works from the first batch on, and a full disk shows now
     while True:
         try:
@@ -674,10 +780,11 @@ def roll_back(run: Run, problem: TrainingDiverged) -> None:
     rollbacks, rung = run.state.rollbacks + 1, run.state.rung
     flags = run.health.state_dict()
     run.saver.wait()
-    checkpoint = run.store.latest(lambda found: found.payload["loop"]["bad_steps"] == 0)
+    checkpoint = newest_checkpoint(run, lambda found: found.payload["loop"]["bad_steps"] == 0)
     if rollbacks > MAX_ROLLBACKS or checkpoint is None:
         raise problem
-    run.store.set_aside_after(checkpoint.step)
+    if run.world.is_first:
+        run.store.set_aside_after(checkpoint.step)
     restore(run, checkpoint.payload)
     adapt(run, from_dict(TrainConfig, checkpoint.payload["config"]))
     state = run.state
@@ -712,14 +819,14 @@ def train_epoch(run: Run, epoch: int) -> int | None:
         factor = learning_rate_factor(config, run.sampler, epoch, state.batch)
         set_learning_rate(run.optimizers, state.lr_factor * factor)
         step = take_step(run, epoch, state.batch, moment, watch_qwen=logs)
-        count_step(run, step.query, step.answer, step.numbers, step.update, step.admitted)
+        count_step(run, step)
         state.batch, state.step = state.batch + 1, state.step + 1
         state.epoch_seconds += time.monotonic() - began
         bar.update()
         if logs:
             log_batch(run, step.update)
-        stopping = run.is_over()
-        if last or stopping or (not state.bad_steps and run.saver.is_due(state.batch)):
+        stopping = run.is_ending()
+        if last or stopping or (not state.bad_steps and run.save_is_due()):
             save(run)
         if stopping:
             bar.close()
@@ -728,15 +835,15 @@ def train_epoch(run: Run, epoch: int) -> int | None:
     return None
 
 
-def count_step(run: Run, query: Query, answer: Answer, result: StepNumbers, update: Update, admitted: int) -> None:
+def count_step(run: Run, step: Step) -> None:
     """Add a step to the sums, and end the run when too many steps in a row were not finite."""
-    state = run.state
+    state, result, update = run.state, step.numbers, step.update
     if not update.taken:
         state.bad_steps += 1
         bad = [name for name, value in result.terms.terms.items() if not torch.isfinite(value)]
         expected = run.runtime.scaler.is_enabled() and not bad  # a loss scaler finds its scale by overflows
         state.add({"skipped": 1.0, "nonfinite": float(not expected)})
-        where = ", ".join(sorted({c.task_id for c in query.contexts})[:4])
+        where = ", ".join(sorted({c.task_id for c in step.contexts})[:4])
         run.console.warn(
             f"non-finite loss or gradient at epoch {state.epoch} batch {state.batch} (tasks {where}; "
             f"terms: {', '.join(bad) or 'gradient only'}); step skipped ({state.bad_steps}/{MAX_BAD_STEPS})"
@@ -748,7 +855,7 @@ def count_step(run: Run, query: Query, answer: Answer, result: StepNumbers, upda
     state.bad_steps = 0
     values: dict[str, Tensor | float] = {f"term/{name}": value for name, value in result.terms.weighted.items()}
     values |= {"count": 1.0, "loss": result.total, "mask": result.terms.hard_fraction, "qwen_grad": update.qwen_norm,
-               "norm": update.norm, "admitted": admitted, "cells": answer.mask.sum()}  # fmt: skip
+               "norm": update.norm, "admitted": step.admitted, "cells": step.cells}  # fmt: skip
     if run.config.prompt.use_text and run.config.prompt.train_llm != "none":
         values["qwen_zero"] = update.qwen_norm == 0
     if update.qwen_ratio is not None:
@@ -840,8 +947,8 @@ def run_validation(run: Run) -> dict[str, float]:
     """Return the scores of the averaged weights on the unseen test pairs, beside the baselines."""
     began = time.monotonic()
     if run.baselines is None:
-        run.baselines = baselines(run.items, run.system.prior)
-    bar = run.console.progress(len(run.items), "Validation", leave=False, unit="pair")
+        run.baselines = run.world.first(lambda: baselines(run.items, run.system.prior))
+    bar = run.console.progress(-(-len(run.items) // run.world.size), "Validation", leave=False, unit="pair")
     gallery = Gallery(run.items, run.system.memory, run.sampler.tasks)
     with run.average.swapped():
         scores = validate_within_memory(run, bar, gallery)
@@ -853,17 +960,20 @@ def run_validation(run: Run) -> dict[str, float]:
 def validate_within_memory(run: Run, bar: Any, gallery: Gallery) -> dict[str, float]:
     """Return the scores of the weights as they are; while the memory does not suffice, begin anew with half the cells.
 
-    Raises: OutOfMemory when batches of one pair do not fit.
+    Raises: OutOfMemory when batches of one pair do not fit, and at once with several processes.
     """
     while True:
         rung = run.state.rung
         cells = max(run.config.data.batch_cells * 2 // rung.validation_parts, 1)
         try:
-            return validate(run.system, run.runtime, run.items, cells, bar.update, gallery)
+            return validate(run.system, run.runtime, run.items, cells, bar.update, run.world, gallery)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             short = shortage(error, run.runtime.device)
+            if run.world.size > 1:
+                where = f"the validation on process {run.world.rank}"
+                raise OutOfMemory(f"{short} in {where}", SMALLER_BATCHES) from error
         free_memory(run.runtime.device)
         bar.reset()
         if max(map(len, evaluation_batches(run.items, cells))) == 1:
@@ -875,6 +985,7 @@ def validate_within_memory(run: Run, bar: Any, gallery: Gallery) -> dict[str, fl
 def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
     """Print and store the epoch's summary, keep the best weights, and save the state as validated."""
     state, values = run.state, means(run.state.epoch_sums)
+    state.epoch_seconds, state.save_seconds = run.world.tell((state.epoch_seconds, state.save_seconds))
     memory = run.system.memory.statistics()
     speed = values.get("cells", 0.0) / max(state.epoch_seconds, 1e-9)
     run.console.say(full_summary(state.epoch, values, scores, run.baselines, memory, speed))
@@ -897,6 +1008,8 @@ def write_page(run: Run, last: bool = False) -> None:
     a warning: training does not depend on it, and the command report makes it again.
     """
     now = time.monotonic()
+    if not run.world.is_first:
+        return
     if not last and run.page_seconds > min(MAX_PAGE_SECONDS, PAGE_SHARE * (now - run.page_written)):
         return
     run.page_written = now
@@ -922,14 +1035,20 @@ def keep_best(run: Run, scores: dict[str, float]) -> tuple[Weights | None, bool]
     rank = (scores["exact"], scores["cells_predicted"])
     if rank > (best.get("exact", -1), best.get("cells_predicted", -1.0)):
         best |= {"exact": scores["exact"], "cells_predicted": scores["cells_predicted"], "epoch": run.state.epoch}
-        with run.average.swapped():
-            tensors, facts = run.system.export_state()
-            origin = {"protocol": run.config.data.protocol, "tasks": [task.id for task in run.sampler.tasks]}
-            weights = snapshot(tensors), {**facts, **origin, "seen": run.seen, "config": portable_config(run)}
+        if run.world.is_first:
+            weights = best_weights(run)
     improved = scores["accuracy_delta"] > best.get("accuracy_delta", float("-inf"))
     if improved:
         best |= {"accuracy_delta": scores["accuracy_delta"], "delta_epoch": run.state.epoch}
     return weights, improved
+
+
+def best_weights(run: Run) -> Weights:
+    """Return a copy of the averaged weights, and what one has to know to use and to judge them."""
+    with run.average.swapped():
+        tensors, facts = run.system.export_state()
+        origin = {"protocol": run.config.data.protocol, "tasks": [task.id for task in run.sampler.tasks]}
+        return snapshot(tensors), {**facts, **origin, "seen": run.seen, "config": portable_config(run)}
 
 
 def portable_config(run: Run) -> dict[str, Any]:
@@ -959,7 +1078,21 @@ def prior_requests(run: Run) -> Iterator[tuple[Context, tuple[int, int] | None]]
 
 
 def prepare_priors(run: Run) -> None:
-    """Compute the priors that the run will use and that are not on the disk yet; a signal or --max-hours ends it."""
+    """Compute the priors that the run will use and that are not on the disk yet; a signal or --max-hours ends it.
+
+    Of several processes the first one fills the disk, and the others read there; without a disk each computes all of
+    them, on its part of the cores.
+    """
+    if run.world.tell(bool(run.system.prior.folder)):
+        run.world.first(lambda: compute_priors(run))
+    else:
+        compute_priors(run, processes=max(core_count() // run.world.size, 1) if run.world.size > 1 else 0)
+    if run.world.size > 1:
+        agree(run, run.world.sum([torch.tensor(wishes(run), device=run.runtime.device)])[0].tolist())
+
+
+def compute_priors(run: Run, processes: int = 0) -> None:
+    """Compute the priors that are missing, with so many processes (0: as many as make sense)."""
     prior, console = run.system.prior, run.console
     plan = prior.plan(prior_requests(run))
     if not plan.missing:
@@ -967,7 +1100,7 @@ def prepare_priors(run: Run) -> None:
     began, place = time.monotonic(), f" in {prior.folder}" if prior.folder else ""
     console.say(banner_line("priors", f"computing {plan.missing} inputs, {plan.found} found{place}"))
     bar = console.progress(plan.missing, "Priors", leave=False, unit="pair")
-    count = prior.build(plan, tick=bar.update, stopping=run.is_over, note=console.note)
+    count = prior.build(plan, processes, tick=bar.update, stopping=run.is_over, note=console.note)
     bar.close()
     kept = f"{file_size(prior.store.size())}{place}" if prior.folder else "kept in memory only"
     console.say(banner_line("priors", f"{count} inputs computed in {duration(time.monotonic() - began)}; {kept}"))
@@ -977,8 +1110,15 @@ def prepare_priors(run: Run) -> None:
 
 
 def save(run: Run, best: Weights | None = None, is_best_delta: bool = False) -> None:
-    """Start to write a checkpoint of everything that the next batch depends on, and the best weights where given."""
-    state = run.state
+    """Start to write a checkpoint of everything that the next batch depends on, and the best weights where given.
+
+    The first process writes what all of them agree on. Raises: PeerError when they do not.
+    """
+    state, payload = run.state, checkpoint_payload(run)
+    if run.world.size > 1:
+        run.world.require_equal(fingerprint(shared_part(payload)), f"step {state.step}")
+    if not run.world.is_first:
+        return
     facts = {"epoch": state.epoch, "batch": state.batch, "step": state.step, "best": dict(state.best)}
 
     def written() -> None:
@@ -986,7 +1126,7 @@ def save(run: Run, best: Weights | None = None, is_best_delta: bool = False) -> 
         if run.backup is not None:
             run.backup.offer()
 
-    run.saver.save(state.step, checkpoint_payload(run), best=best, is_best_delta=is_best_delta, then=written)
+    run.saver.save(state.step, payload, best=best, is_best_delta=is_best_delta, then=written)
     state.save_seconds += run.saver.stall
 
 
@@ -1013,8 +1153,19 @@ def checkpoint_payload(run: Run) -> dict[str, Any]:
     }
 
 
+def shared_part(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a payload has to be the same on all processes: all but times, and what one of them alone has."""
+    loop = {k: v for k, v in payload["loop"].items() if k != "device" and not k.endswith("_seconds")}
+    return {**{k: payload[k] for k in ("system", "optimizers", "scaler", "average", "memory")}, "loop": loop}
+
+
 def require_saved(run: Run) -> None:
-    """Raise: CheckpointError unless the newest checkpoint on the disk is where the run stands."""
+    """Raise: CheckpointError unless the newest checkpoint on the disk is where the run stands; on every process."""
+    run.world.first(lambda: require_written(run), exit_code)
+
+
+def require_written(run: Run) -> None:
+    """Raise: CheckpointError unless this process has written the newest checkpoint where the run stands."""
     if run.saver.saved_step != run.state.step:
         newest = next(iter(list_checkpoints(run.folder.path)), None)
         raise CheckpointError(
@@ -1052,6 +1203,18 @@ def expected_sizes(run: Run) -> tuple[int, int]:
         tensors = OPTIMIZER_TENSORS[type(optimizer).__name__]
         size += tensors * sum(count_bytes(group["params"]) for group in optimizer.param_groups)
     return size, weights
+
+
+def newest_checkpoint(run: Run, accept: Callable[[Checkpoint], bool] = lambda found: True) -> Checkpoint | None:
+    """Return the newest whole checkpoint that `accept` takes, None without one; the first process chooses for all."""
+    found: list[Checkpoint | None] = []
+
+    def choose() -> Path | None:
+        found.append(run.store.latest(accept))
+        return found[0].path if found[0] else None
+
+    path = run.world.first(choose, exit_code)
+    return found[0] if found else read_checkpoint(path) if path else None
 
 
 def restore(run: Run, payload: dict[str, Any]) -> None:
@@ -1129,20 +1292,46 @@ def prepare_data(config: TrainConfig) -> RunData:
     return RunData(tasks, validation, hashed, len(left_out))
 
 
-def settle(command: CommandLine, chosen: RunChoice | None, console: Console) -> tuple[TrainConfig, Runtime]:
+def process_device(name: str, world: World) -> torch.device:
+    """Return the device of this process: of several each has a GPU of its own, or all compute on the CPU.
+
+    Raises: DeviceError when there are fewer GPUs than processes; ConfigError for what cannot be shared.
+    """
+    if world.size == 1:
+        return choose_device(name)
+    kind, _, index = name.partition(":")
+    if kind == "mps" or index:
+        raise ConfigError(f"--device {name} with {world.size} processes", "--device cuda gives each a GPU of its own")
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    choose_device("cuda")
+    if torch.cuda.device_count() < world.size:
+        raise DeviceError(f"{world.size} processes, but only {torch.cuda.device_count()} CUDA GPUs",
+                          f"torchrun --nproc-per-node {torch.cuda.device_count()}, or --device cpu")  # fmt: skip
+    device = torch.device("cuda", world.rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def settle(
+    command: CommandLine, chosen: RunChoice | None, console: Console, world: World = ALONE
+) -> tuple[TrainConfig, Runtime]:
     """Return the complete settings and the runtime. Raises: ConfigError when a resumed run may not go on with them."""
     config = command.config
     if chosen is not None:
         saved = read_settings(chosen.path)
         config = resume_config(saved, config, command.explicit)
-    device = choose_device(config.run.device)
+        if command.file:
+            console.note(f"going on with the run's own settings, not those of {command.file}")
+    device = process_device(config.run.device, world)
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
     resolved = resolve(config, device.type, memory)
     if chosen is not None:
         check_resume(same_data(from_dict(TrainConfig, saved), resolved, chosen.path), resolved, chosen.path.name)
     runtime = choose_runtime(device, resolved.run.precision)
     console.say(f"ARC-EFE {VERSION} | Python {sys.version.split()[0]} | torch {torch.__version__}")
-    console.say(banner_line("device", f"{device}, {runtime.precision} ({runtime.reason})"))
+    shared = f" in each of {world.size} processes" if world.size > 1 else ""
+    console.say(banner_line("device", f"{device}, {runtime.precision} ({runtime.reason}){shared}"))
     for note in resolution_notes(config, resolved, device.type):
         console.note(note)
     changed = changed_flags(command.config)
@@ -1161,23 +1350,43 @@ def same_data(saved: TrainConfig, now: TrainConfig, path: Path) -> TrainConfig:
     if moved == saved:
         return saved
     hashed = prepare_data(with_values(now, {"data.max_tasks": saved.data.max_tasks})).hash
-    return moved if hashed == RunFolder(path).read_config()["data_hash"] else saved
+    return moved if hashed == RunFolder(path, writes=False).read_config()["data_hash"] else saved
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the settings stored in a run folder. Raises: CheckpointError when they or the data's hash are missing."""
-    saved = RunFolder(path).read_config()
+    saved = RunFolder(path, writes=False).read_config()
     if not (isinstance(saved.get("config"), dict) and isinstance(saved.get("data_hash"), str)):
         raise CheckpointError(f"{path / 'config.json'} is missing or damaged, so the run cannot be resumed",
                               "start a new run with --fresh")  # fmt: skip
     return saved["config"]
 
 
-def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) -> Run:
+def build_run(command: CommandLine, console: Console, chosen: RunChoice | None, world: World = ALONE) -> Run:
     """Return the run that the command line asks for: `chosen` is the run to resume, None for a new one."""
-    config, runtime = settle(command, chosen, console)
+    setup = world.together(lambda: set_up(command, console, chosen, world), exit_code)
+    path = world.first(lambda: run_folder(setup, chosen), exit_code)
+    run_id = path.name if chosen is None else chosen.run_id
+    return world.together(lambda: open_run(setup, path, run_id, console, world), exit_code)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of before it has a folder."""
+
+    config: TrainConfig
+    runtime: Runtime
+    data: RunData
+    sampler: TaskSampler
+    items: list
+    system: ARCSystem
+
+
+def set_up(command: CommandLine, console: Console, chosen: RunChoice | None, world: World) -> Setup:
+    """Return the settings, the data and the system of a run."""
+    config, runtime = settle(command, chosen, console, world)
     require_mounted(config.run.backup)
-    if chosen is None:
+    if chosen is None and world.is_first:
         check_writable(config.run.out)
     data = prepare_data(config)
     tasks, hashed = data.tasks, data.hash
@@ -1200,24 +1409,37 @@ def build_run(command: CommandLine, console: Console, chosen: RunChoice | None) 
     planner = f"planner {config.agent.preset} ({parameter_count(system.agent):,} parameters)"
     written = f"{config.prompt.model}@{revision[:12]} ({config.prompt.train_llm}, {llm:,} parameters train)"
     console.say(banner_line("model", f"{written}, {planner}"))
+    return Setup(config, runtime, data, sampler, items, system)
+
+
+def run_folder(setup: Setup, chosen: RunChoice | None) -> Path:
+    """Return the folder of a new run, made now, or of the chosen one. Raises: ConfigError when its tasks are others."""
     if chosen is None:
-        folder, run_id = RunFolder.create(config.run.out, config.run.name), None
-    else:
-        folder, run_id = RunFolder(chosen.path), chosen.run_id
-        if folder.read_config().get("data_hash") != hashed:
-            raise ConfigError("the tasks have changed since the run began", "restore them, or start anew with --fresh")
-    lock = RunLock(folder.path).acquire()
-    store = CheckpointStore(folder.path, keep=config.run.keep, run_id=run_id or folder.name, say=console.say)
+        return RunFolder.create(setup.config.run.out, setup.config.run.name).path
+    if RunFolder(chosen.path).read_config().get("data_hash") != setup.data.hash:
+        raise ConfigError("the tasks have changed since the run began", "restore them, or start anew with --fresh")
+    return chosen.path
+
+
+def open_run(setup: Setup, path: Path, run_id: str, console: Console, world: World) -> Run:
+    """Return the run in a folder, which the first process locks and writes."""
+    config, runtime, system, first = setup.config, setup.runtime, setup.system, world.is_first
+    folder, lock = RunFolder(path, writes=first), RunLock(path)
+    if first:
+        lock.acquire()
+    log = MetricLog(folder.metrics_path) if first else NoMetrics()
+    store = CheckpointStore(path, keep=config.run.keep, run_id=run_id, writes=first, say=console.say)
     saver = Saver(store, folder.best, config.run.save_every, share=config.run.save_share,
                   minutes=config.run.save_minutes, fault=fault_of)  # fmt: skip
     target = Path(config.run.backup).expanduser()
-    backup = Backup(folder.path, target, store.run_id, console.say) if config.run.backup else None
+    backup = Backup(path, target, store.run_id, console.say) if config.run.backup and first else None
+    seen = {TRAINED: pair_table(setup.data.tasks, "train"), VALIDATED: pair_table(setup.data.validation, "test")}
     return Run(
-        config=config, console=console, folder=folder, log=MetricLog(folder.metrics_path), lock=lock, runtime=runtime,
-        store=store, saver=saver, backup=backup, system=system, optimizers=build_optimizers(system),
-        average=WeightAverage(system, config.optim.ema), sampler=sampler, items=items,
-        state=LoopState(**computed_on(runtime)), stop=StopFlag(console.say), data_hash=hashed,
-        seen={TRAINED: pair_table(tasks, "train"), VALIDATED: pair_table(data.validation, "test")},
+        config=config, console=console, folder=folder, log=log, lock=lock, runtime=runtime, store=store, saver=saver,
+        backup=backup, system=system, optimizers=build_optimizers(system),
+        average=WeightAverage(system, config.optim.ema), sampler=setup.sampler, items=setup.items,
+        state=LoopState(**computed_on(runtime), processes=world.size), stop=StopFlag(console.say),
+        data_hash=setup.data.hash, seen=seen, world=world,
     )  # fmt: skip
 
 
@@ -1225,13 +1447,23 @@ def main(command: CommandLine | AnswerCommand) -> int:
     """Run a command line; return the exit code."""
     console = Console(quiet=command.quiet)
     try:
+        world = World.of(os.environ)
+        console = Console(quiet=command.quiet, process=world.rank)
+        if not world.is_first:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends): of what libraries print
         if isinstance(command, AnswerCommand):
+            require_alone(world)
             return verbs.run(command, console)
         if command.print_config:
             device = choose_device(command.config.run.device)
             console.say(config_json(resolve(command.config, device.type)), always=True)
             return 0
-        return start(command, console)
+        world.join()
+        code = start(command, console, world)
+        world.leave()
+        return code
+    except Ended as end:
+        return end.code
     except KeyboardInterrupt:
         trains = isinstance(command, CommandLine)
         console.error("interrupted before the first batch; nothing was trained" if trains else
@@ -1257,24 +1489,43 @@ def exit_code(error: Exception) -> int:
     if isinstance(error, CheckpointError):
         return error.exit_code
     codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4, LeakError: 2,
-             TrainingDiverged: 1, OutOfMemory: 1}  # fmt: skip
+             TrainingDiverged: 1, OutOfMemory: 1, PeerError: 1}  # fmt: skip
     return next((code for kind, code in codes.items() if isinstance(error, kind)), 0)
 
 
-def start(command: CommandLine, console: Console) -> int:
-    """Start or resume the run; return the exit code."""
-    out = command.config.run.out
-    if command.resume is None and not command.fresh:
+def require_alone(world: World) -> None:
+    """Refuse several processes. Raises: ConfigError."""
+    if world.size > 1:
+        raise ConfigError("only training is shared out to several processes", "start this with python, not torchrun")
+
+
+def choose_run(command: CommandLine, console: Console, world: World) -> RunChoice | None:
+    """Return the run to go on with, brought back from its backup where it lies there; None for a new one.
+
+    Processes that torchrun started anew go on with the run that they had begun.
+    """
+    out, resume = command.config.run.out, command.resume
+    launched = find_launched(out, world.launch) if world.restarts else None
+    if launched is not None:
+        console.note(f"torchrun started the processes anew ({world.restarts}); going on with {launched}")
+        resume = str(launched)
+    elif resume is None and not command.fresh:
         suggest_resume(Path(out), console)
     require_mounted(command.config.run.backup)
-    chosen = find_run(out, command.resume, command.config.run.backup) if command.resume is not None else None
-    if command.resume is not None and chosen is None:
+    chosen = find_run(out, resume, command.config.run.backup) if resume is not None else None
+    if resume is not None and chosen is None:
         console.note(f"--resume auto: no run under {out}/, starting a new one")
     if chosen is not None and chosen.is_backup:
         check_writable(out)
         source, chosen = chosen.path, bring_back(chosen, out)
         console.note(f"brought {chosen.path} back from the backup {source}, {chosen.checkpoint.name}")
-    run = build_run(command, console, chosen)
+    return chosen
+
+
+def start(command: CommandLine, console: Console, world: World = ALONE) -> int:
+    """Start or resume the run; return the exit code."""
+    chosen = world.first(lambda: choose_run(command, console, world), exit_code)
+    run = build_run(command, console, chosen, world)
     try:
         resumed_at = resume_from_checkpoint(run, chosen) if chosen is not None else ""
         state, epochs = run.state, run.config.run.epochs
@@ -1294,11 +1545,13 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
     folder.write_config(to_dict(config), data_hash=run.data_hash, version=VERSION)
     facts = {**environment(), "device": str(run.runtime.device), "precision": run.runtime.precision}
     folder.start_session(facts, resumed_at)
-    folder.set_status("running", run_id=run.store.run_id, flags=run.health.summary())
-    console.attach(folder.log_path)
+    launch = {"launch": run.world.launch} if run.world.launch else {}
+    folder.set_status("running", run_id=run.store.run_id, flags=run.health.summary(), **launch)
+    if run.world.is_first:
+        console.attach(folder.log_path)
     console.say(banner_line("run", f"{folder.path}   (seed {config.run.seed})"))
     console.say("[OK] All models created")
-    require_space(run)
+    run.world.first(lambda: require_space(run), exit_code)
     if run.backup is not None:
         run.backup.offer()
     if command.dry_run:
@@ -1306,12 +1559,13 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
     began = time.monotonic()
     try:
         prepare_priors(run)
-        code = train(run) if run.stop.signal is None else end_before_training(run)
+        ends = run.stop.signal is not None if run.world.size == 1 else run.ends
+        code = end_before_training(run) if ends else train(run)
     except BaseException:
         folder.set_status("failed")
         raise
     write_page(run, last=True)
-    if folder.read_status()["status"] == "finished":
+    if run.world.is_first and folder.read_status()["status"] == "finished":
         took = duration(time.monotonic() - began)
         console.say(f"done in {took}. Best weights: {folder.best}; report: {folder.path / 'report.html'}")
     return code
@@ -1331,10 +1585,11 @@ def suggest_resume(out: Path, console: Console) -> None:
 
 def resume_from_checkpoint(run: Run, chosen: RunChoice) -> str:
     """Restore the newest whole checkpoint, or the named one; return a line that says where the run goes on."""
-    checkpoint = read_checkpoint(chosen.checkpoint) if chosen.explicit else run.store.latest()
+    checkpoint = read_checkpoint(chosen.checkpoint) if chosen.explicit else newest_checkpoint(run)
     if checkpoint is None:
         raise CheckpointError(f"--resume: {run.folder.path} has no loadable checkpoint", "start one without --resume")
-    run.store.set_aside_after(checkpoint.step)
+    if run.world.is_first:
+        run.store.set_aside_after(checkpoint.step)
     try:
         restore(run, checkpoint.payload)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -1377,6 +1632,9 @@ def adapt(run: Run, saved: TrainConfig) -> None:
     old, new = (with_values(c, {f"run.{k}": v for k, v in f.items()}) for c, f in ((saved, there), (config, here)))
     for note in resume_notes(old, new):
         run.console.note(note)
+    if state.processes != run.world.size:
+        run.console.note(f"processes {state.processes} -> {run.world.size} (the same batches, shared out otherwise)")
+    state.processes = run.world.size
     go_on_from_rung(run, there["device"], here["device"])
     state.device, state.precision = here["device"], here["precision"]
     was = learning_rate_factor(saved, before, state.epoch, state.batch)
@@ -1388,6 +1646,8 @@ def adapt(run: Run, saved: TrainConfig) -> None:
 
 def go_on_from_rung(run: Run, before: str, now: str) -> None:
     """Go on from the rung of the last session, or from the top on another device, and say so."""
+    if run.world.size > 1:  # each computes its share of a batch at once
+        run.state.rung = dataclasses.replace(run.state.rung, parts=1)
     words = ", ".join(run.state.rung.words())
     if words and before != now:
         run.console.note(f"{now} may hold more than {before}: no longer computing {words}")

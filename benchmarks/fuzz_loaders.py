@@ -47,8 +47,9 @@ import numpy as np
 import torch
 
 import trainloop_complete_with_fixes as driver
-from arc_data import DataError, load_tasks
-from config import ConfigError, TrainConfig, from_dict, resume_config, to_dict
+from answering import Seen, settings_of, task_count
+from arc_data import ArcTask, DataError, Pair, load_tasks
+from config import AnswerConfig, ConfigError, TrainConfig, from_dict, resume_config, to_dict
 from demo_prior import Preference
 from model_persistence import (
     FORMAT,
@@ -61,6 +62,7 @@ from model_persistence import (
     save_best_weights,
 )
 from prior_store import FILE_NAME, UNREADABLE, PriorStore, decode_preference, decode_sizes, encode_preference
+from protocols import TRAINED, VALIDATED
 from report import Console, MetricLog, RunFolder, RunFolderError, read_epochs, read_metrics
 from scoring import check_submission, read_submission, score_submission
 
@@ -360,8 +362,11 @@ def _make_seeds(name: str, folder: Path) -> list[bytes]:
     if name == "solutions":
         return [json.dumps({f"{i:08x}": [grid] for i in range(3)}).encode()]
     if name == "weights":
+        pairs = {"train:0": ["ab" * 16, "cd" * 16], "train:1": ["ef" * 16, "01" * 16]}
+        settings = {name: part for name, part in to_dict(TrainConfig()).items() if name not in ("run", "data")}
         facts = {"num_tasks": 2, "base": {"revision": "x", "frozen_digest": ""}, "memory": {"size": 1},
-                 "config": to_dict(TrainConfig())}  # fmt: skip
+                 "config": {"seed": 42, **settings}, "protocol": "arc2", "tasks": ["first", "second"],
+                 "seen": {TRAINED: {"first": pairs, "second": pairs}, VALIDATED: {"first": pairs}}}  # fmt: skip
         save_best_weights(folder, {"a.w": torch.ones(2, 3), "b": torch.zeros(1, dtype=torch.bfloat16)}, facts)
         return [(folder / "model.safetensors").read_bytes(), (folder / "config.json").read_bytes()]
     assert name == "priors"
@@ -523,7 +528,16 @@ def weights(folder: Path, rng: random.Random) -> list[Load]:
     (folder / "config.json").write_bytes(facts)
     if rng.random() < 0.02:
         put_special(folder / rng.choice(("model.safetensors", "config.json")), rng)
-    return [lambda: load_best_weights(folder)]
+
+    def understand() -> None:
+        """Read all that `Solver.load` takes from the facts before it builds a system."""
+        _, known = load_best_weights(folder)
+        settings_of(known, AnswerConfig())
+        task_count(known)
+        demonstrations = (Pair(np.zeros((1, 1), np.uint8), np.zeros((1, 1), np.uint8)),)
+        Seen.of(known, [("first", "train:0")]).slots([ArcTask("first", demonstrations, demonstrations)])
+
+    return [lambda: load_best_weights(folder), understand]
 
 
 def priors(folder: Path, rng: random.Random) -> list[Load]:

@@ -1,6 +1,6 @@
 """Kill a run again and again, resume it, and compare every bit with a run that was never stopped.
 
-    python benchmarks/kill_resume.py [--kills 200] [--seed 0] [--tasks 8] [--keep DIR]
+    python benchmarks/kill_resume.py [--kills 200] [--seed 0] [--tasks 8] [--processes 1] [--keep DIR]
 
 A small run (two epochs, a checkpoint after each batch) is killed with SIGKILL at random moments and inside every phase:
 starting, training, copying, writing, syncing, renaming, rotating, validating, ending an epoch, resuming, backing up,
@@ -8,6 +8,8 @@ and bringing a run back whose folder was lost. After each kill the newest whole 
 one that the run that was never stopped wrote at that batch; at the end everything has to be equal: tensors, optimizers,
 memory, random states, metrics, epochs, best weights. Prints a line per kill, and how many kills fell into each phase.
 Exits with 1 at the first difference, and leaves that run's folder where --keep says.
+With --processes N torchrun starts N processes. Then a kill hits one of them, and torchrun has to start all anew, or all
+of them and torchrun itself, and the next session resumes.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ import random
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +67,9 @@ SMALL = ("--model", "tiny", "--preset", "tiny", "--width", "16", "--read-blocks"
          "--name", NAME)  # fmt: skip
 PHASES = ("starting", "training", "copying", "writing", "syncing", "renaming", "rotating", "validating",
           "ending an epoch", "resuming", "backing up", "bringing back")  # fmt: skip
+FIRST_ONLY = ("copying", "writing", "syncing", "renaming", "rotating", "backing up", "bringing back")  # of processes
 PATIENCE = 300.0  # seconds after which a run counts as hanging
+SESSION = "KILL_RESUME"  # environment variable that makes this script a process of a run under torchrun
 
 
 # What has to be equal -------------------------------------------------------------------------------------------------
@@ -123,46 +129,82 @@ def result_of(run: Path) -> dict[str, str]:
     }
 
 
-# A run in a process of its own ----------------------------------------------------------------------------------------
+# A run in processes of its own ----------------------------------------------------------------------------------------
 
 
 class Board:
-    """What a child is doing, in memory that outlives it: how often each phase was entered, and how deep it is in it."""
+    """What the processes are doing, in memory that outlives them: how often each entered each phase, how deep it is in.
 
-    def __init__(self) -> None:
-        self.memory = mmap.mmap(-1, 16 * len(PHASES))
+    path: a file for processes that are not forked. Each process has its page, with its id in front.
+    """
+
+    def __init__(self, path: Path | None = None, processes: int = 1, rank: int = 0):
+        self.page = 8 + 16 * len(PHASES)
+        self.processes, self.rank = processes, rank
+        if path is None:
+            self.memory = mmap.mmap(-1, self.page * processes)
+            return
+        with open(path, "r+b" if path.exists() else "w+b") as file:
+            file.truncate(self.page * processes)
+            self.memory = mmap.mmap(file.fileno(), self.page * processes)
+
+    def _place(self, rank: int, phase: str) -> int:
+        return rank * self.page + 8 + 16 * PHASES.index(phase)
 
     def add(self, phase: str, entered: int, inside: int) -> None:
-        place = 16 * PHASES.index(phase)
+        place = self._place(self.rank, phase)
         old = struct.unpack_from("<qq", self.memory, place)
         struct.pack_into("<qq", self.memory, place, old[0] + entered, old[1] + inside)
 
     def entered(self, phase: str) -> int:
-        return struct.unpack_from("<qq", self.memory, 16 * PHASES.index(phase))[0]
+        """Return how often this process entered a phase."""
+        return struct.unpack_from("<qq", self.memory, self._place(self.rank, phase))[0]
 
     def inside(self) -> list[str]:
-        """Return the phases that some thread is in."""
-        return [phase for i, phase in enumerate(PHASES) if struct.unpack_from("<qq", self.memory, 16 * i)[1] > 0]
+        """Return the phases that some thread of this process is in."""
+        places = ((phase, self._place(self.rank, phase)) for phase in PHASES)
+        return [phase for phase, place in places if struct.unpack_from("<qq", self.memory, place)[1] > 0]
+
+    def sign(self) -> None:
+        """Note the id of this process."""
+        struct.pack_into("<q", self.memory, self.rank * self.page, os.getpid())
+
+    def signed(self) -> list[int]:
+        """Return the id of each process, 0 where it has not signed yet."""
+        return [struct.unpack_from("<q", self.memory, rank * self.page)[0] for rank in range(self.processes)]
+
+    def others(self) -> list[int]:
+        """Return the ids of the other processes, after waiting until all have signed."""
+        while not all(ids := self.signed()):
+            time.sleep(0.01)
+        return [number for number in ids if number != os.getpid()]
 
 
 @dataclass(frozen=True)
 class Kill:
-    """When to kill: `delay` seconds after the `count`-th entry of a phase."""
+    """When to kill: `delay` seconds after the `count`-th entry of a phase; which process, and whether all with it."""
 
     phase: str
     count: int
     delay: float
+    rank: int = 0
+    everyone: bool = False
 
 
-def kill_soon(delay: float) -> None:
-    """Kill this process after `delay` seconds, whatever it is doing."""
+def kill_soon(kill: Kill, board: Board) -> None:
+    """Kill this process after `delay` seconds, whatever it is doing; with `everyone` torchrun and the others first."""
 
     def strike() -> None:
-        time.sleep(delay)
+        time.sleep(kill.delay)
+        if SESSION in os.environ:
+            Path("struck.json").write_text(json.dumps(board.inside()))
+        if kill.everyone:
+            for number in [os.getppid(), *board.others()]:
+                os.kill(number, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if delay < 1e-4:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if kill.delay < 1e-4:
+        strike()
     threading.Thread(target=strike, daemon=True).start()
 
 
@@ -173,7 +215,7 @@ def watch(owner: Any, name: str, phase: str, board: Board, kill: Kill | None) ->
     def watched(*arguments: Any, **options: Any) -> Any:
         board.add(phase, 1, 1)
         if kill is not None and kill.phase == phase and board.entered(phase) == kill.count:
-            kill_soon(kill.delay)
+            kill_soon(kill, board)
         try:
             return inner(*arguments, **options)
         finally:
@@ -191,6 +233,13 @@ WATCHED = (
 )  # fmt: skip
 
 
+def run_watched(argv: list[str], board: Board, kill: Kill | None) -> int:
+    """Return the exit code of the driver, run in this process and watched."""
+    for owner, name, phase in WATCHED:
+        watch(owner, name, phase, board, kill)
+    return driver.main(parse_command_line(argv))
+
+
 def run_child(folder: Path, argv: list[str], board: Board, kill: Kill | None) -> int:
     """Return how a forked child that runs the driver in `folder` ended: its exit code, or minus the signal."""
     child = os.fork()
@@ -199,9 +248,7 @@ def run_child(folder: Path, argv: list[str], board: Board, kill: Kill | None) ->
         try:
             os.chdir(folder)
             with open("console.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                for owner, name, phase in WATCHED:
-                    watch(owner, name, phase, board, kill)
-                code = driver.main(parse_command_line(argv))
+                code = run_watched(argv, board, kill)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -214,6 +261,38 @@ def run_child(folder: Path, argv: list[str], board: Board, kill: Kill | None) ->
             raise RuntimeError(f"the run hangs; see {folder}/console.log")
         time.sleep(0.002)
     return os.waitstatus_to_exitcode(found[1])
+
+
+def run_torchrun(
+    folder: Path, argv: list[str], processes: int, kill: Kill | None, records: bool = False
+) -> tuple[int, list[str] | None]:
+    """Return how torchrun with that many processes ended, and the phases that a kill hit (None: it hit nothing)."""
+    for name in ("board", "struck.json"):
+        (folder / name).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+               "--max-restarts", "1", str(Path(__file__).resolve()), *argv]  # fmt: skip
+    told = json.dumps({"kill": None if kill is None else vars(kill), "records": records})
+    with open(folder / "console.log", "a") as log:
+        try:
+            ended = subprocess.run(command, cwd=folder, stdout=log, stderr=log, env=os.environ | {SESSION: told},
+                                   timeout=PATIENCE).returncode  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            for number in filter(None, Board(folder / "board", processes).signed()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            raise RuntimeError(f"the run hangs; see {folder}/console.log") from error
+    struck = folder / "struck.json"
+    return ended, json.loads(struck.read_text()) if struck.exists() else None
+
+
+def run_as_one_of_several(argv: list[str]) -> int:
+    """Return the exit code of the driver in one of the processes that torchrun started; only the first start is hit."""
+    rank, told = int(os.environ["RANK"]), json.loads(os.environ[SESSION])
+    board = Board(Path("board"), int(os.environ["WORLD_SIZE"]), rank)
+    board.sign()
+    kill = Kill(**told["kill"]) if told["kill"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else None
+    with recorded(Path("seen.jsonl")) if told["records"] else contextlib.nullcontext():
+        return run_watched(argv, board, kill if kill and kill.rank == rank else None)
 
 
 # The reference and the trials -----------------------------------------------------------------------------------------
@@ -229,22 +308,33 @@ class Reference:
     result: dict[str, str]
 
 
-def measure_reference(folder: Path, argv: list[str]) -> Reference:
-    """Return the reference after running it once, all its checkpoints kept."""
-    board, began = Board(), time.monotonic()
-    seen = folder / "seen.jsonl"
+@contextlib.contextmanager
+def recorded(seen: Path) -> Iterator[None]:
+    """Note the step and the hash of each checkpoint that is written."""
     write = CheckpointStore.write
 
-    def recorded(store: CheckpointStore, step: int, payload: dict[str, Any]) -> Path | None:
+    def noted(store: CheckpointStore, step: int, payload: dict[str, Any]) -> Path | None:
         with open(seen, "a") as file:
             file.write(json.dumps([step, state_digest(payload)]) + "\n")
         return write(store, step, payload)
 
-    CheckpointStore.write = recorded
+    CheckpointStore.write = noted
     try:
-        code = run_child(folder, argv, board, None)
+        yield
     finally:
         CheckpointStore.write = write
+
+
+def measure_reference(folder: Path, argv: list[str], processes: int = 1) -> Reference:
+    """Return the reference after running it once, all its checkpoints kept."""
+    began, seen = time.monotonic(), folder / "seen.jsonl"
+    if processes > 1:
+        code, _ = run_torchrun(folder, argv, processes, None, records=True)
+        board = Board(folder / "board", processes)
+    else:
+        board = Board()
+        with recorded(seen):
+            code = run_child(folder, argv, board, None)
     if code:
         raise RuntimeError(f"the reference run failed:\n{(folder / 'console.log').read_text()[-3000:]}")
     states = {(step, found) for step, found in map(json.loads, seen.read_text().splitlines())}
@@ -252,7 +342,9 @@ def measure_reference(folder: Path, argv: list[str]) -> Reference:
     return Reference(states, counts, {"all": time.monotonic() - began}, result_of(folder / "runs" / NAME))
 
 
-def draw_kill(rng: random.Random, reference: Reference, resuming: bool, has_backup: bool, lost: bool) -> Kill:
+def draw_kill(
+    rng: random.Random, reference: Reference, resuming: bool, has_backup: bool, lost: bool, processes: int
+) -> Kill:
     """Return a kill for the next session, each phase that it can enter alike likely."""
     phases = [phase for phase in PHASES if phase not in ("resuming", "bringing back", "backing up")]
     phases += ["resuming"] * 2 * resuming + ["backing up"] * 2 * has_backup + ["bringing back"] * 12 * lost
@@ -261,7 +353,11 @@ def draw_kill(rng: random.Random, reference: Reference, resuming: bool, has_back
     # A resumed run has less before it, so small counts are likelier.
     count = 1 + int(most * rng.random() ** (2 if resuming else 1))
     longest = {"starting": 0.3, "training": 0.05, "validating": 0.3, "ending an epoch": 0.02}.get(phase, 0.01)
-    return Kill(phase, min(count, most), rng.choice((0.0, longest * rng.random())))
+    delay = rng.choice((0.0, longest * rng.random()))
+    if processes == 1:
+        return Kill(phase, min(count, most), delay)
+    rank = 0 if phase in FIRST_ONLY else rng.randrange(processes)
+    return Kill(phase, min(count, most), delay, rank, everyone=rng.random() < 0.5)
 
 
 class Difference(AssertionError):
@@ -280,8 +376,10 @@ def check_after_kill(run: Path, backup: Path, reference: Reference) -> str:
     return f"{'backup ' if choice.is_backup else ''}step {checkpoint.step}"
 
 
-def one_trial(folder: Path, argv: list[str], rng: random.Random, reference: Reference, most: int) -> list[list[str]]:
-    """Return, for each of at most `most` kills of one run, the phases it hit and what was found afterwards.
+def one_trial(
+    folder: Path, argv: list[str], rng: random.Random, reference: Reference, most: int, processes: int = 1
+) -> list[list[str]]:
+    """Return, for each of at most `most` kills of one run, whom and which phases it hit and what was found afterwards.
 
     Raises: Difference.
     """
@@ -289,30 +387,40 @@ def one_trial(folder: Path, argv: list[str], rng: random.Random, reference: Refe
     has_backup = rng.random() < 0.5
     found, code = "no checkpoint yet", None
 
-    def session(kill: Kill | None) -> tuple[int, list[str]]:
-        """Return the exit code of the next session, and in which phases it was: a new run where nothing is left."""
+    def session(kill: Kill | None) -> tuple[int, list[str] | None]:
+        """Return the exit code of the next session, a new run where nothing is left, and which phases a kill hit."""
         words, board = [*argv, *(["--backup", "drive"] if has_backup else [])], Board()
         if found == "no checkpoint yet":
             shutil.rmtree(folder / "runs", ignore_errors=True)
         else:
             words = ["--resume", *(["--backup", "drive"] if found.startswith("backup") else [])]
-        ended = run_child(folder, words, board, kill)
+        if processes > 1:
+            ended, phases = run_torchrun(folder, words, processes, kill)
+        else:
+            ended = run_child(folder, words, board, kill)
+            phases = board.inside() if ended else None
         if ended not in (0, -signal.SIGKILL if kill else 0):
             raise Difference(f"a session ended with exit code {ended}; see {folder}/console.log")
-        return ended, board.inside() or ["between"]
+        return ended, phases if phases is None else phases or ["between"]
 
     for _ in range(rng.randint(1, min(most, 5))):
-        kill = draw_kill(rng, reference, found != "no checkpoint yet", has_backup, found.startswith("backup"))
+        kill = draw_kill(rng, reference, found != "no checkpoint yet", has_backup, found.startswith("backup"),
+                         processes)  # fmt: skip
         code, phases = session(kill)
+        if phases is None:
+            break
+        whom = "" if processes == 1 else "all processes " if kill.everyone else f"process {kill.rank} "
         if code == 0:
+            kills.append([whom, " + ".join(phases), "where torchrun started anew"])
             break
         found = check_after_kill(run, backup if has_backup else folder / "none", reference)
         if has_backup and list_checkpoints(backup / NAME) and rng.random() < 0.5:  # the machine is taken away
             shutil.rmtree(folder / "runs", ignore_errors=True)
             found = check_after_kill(run, backup, reference)
-        kills.append([" + ".join(phases), found])
+        kills.append([whom, " + ".join(phases), found])
     if code != 0:
         session(None)
+    run = find_run(folder / "runs").path  # another one where torchrun started anew before the first checkpoint
     different = [name for name, value in result_of(run).items() if reference.result[name] != value]
     if different:
         raise Difference(f"{', '.join(different)} differ from the run that was never stopped")
@@ -324,13 +432,16 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--keep", default="", help="folder that gets the run that differs")
     return parser.parse_args(words)
 
 
 def main(words: list[str]) -> int:
-    args = parse(words)
     torch.set_num_threads(1)
+    if SESSION in os.environ:
+        return run_as_one_of_several(words)
+    args = parse(words)
     rng, began, count, trial, hits = random.Random(args.seed), time.monotonic(), 0, 0, collections.Counter()
     with tempfile.TemporaryDirectory() as place:
         os.environ["ARC_CACHE_DIR"] = f"{place}/cache"
@@ -339,23 +450,23 @@ def main(words: list[str]) -> int:
         write_folder(small_tasks(args.tasks, 1, 8), tasks)
         argv = [*SMALL, "--data", str(tasks), "--seed", str(args.seed)]
         (Path(place) / "reference").mkdir()
-        reference = measure_reference(Path(place) / "reference", argv)
+        reference = measure_reference(Path(place) / "reference", argv, args.processes)
         print(f"reference: {len(reference.states)} checkpoints, {reference.seconds['all']:.1f} s with its priors",
               flush=True)  # fmt: skip
         while count < args.kills:
             folder, trial = Path(place) / f"trial{trial}", trial + 1
             folder.mkdir()
             try:
-                kills = one_trial(folder, argv, rng, reference, args.kills - count)
+                kills = one_trial(folder, argv, rng, reference, args.kills - count, args.processes)
             except Difference as difference:
                 print(f"DIFFERENT after kill {count}, in run {trial}: {difference}", flush=True)
                 if args.keep:
                     shutil.copytree(folder, args.keep, dirs_exist_ok=True)
                 return 1
-            for phases, found in kills:
+            for whom, phases, found in kills:
                 count += 1
                 hits.update(phases.split(" + "))
-                print(f"kill {count:3d}, run {trial}: while {phases}; resumed from {found}; equal", flush=True)
+                print(f"kill {count:3d}, run {trial}: {whom}while {phases}; resumed from {found}; equal", flush=True)
             shutil.rmtree(folder)
     minutes = (time.monotonic() - began) / 60
     print(f"{count} kills in {trial} runs, {minutes:.1f} min: no difference in any checkpoint, metric or file")

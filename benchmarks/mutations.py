@@ -56,6 +56,7 @@ REFINE = ("tests/test_policy_refined.py",)
 MEMORY = ("tests/test_solver2.py",)
 QUERY = ("tests/test_arc_data.py::test_a_query_never_reads_its_own_pair",
          "tests/test_arc_data.py::test_changing_a_pairs_output_changes_nothing_that_its_own_query_reads")  # fmt: skip
+STEP = ("tests/test_driver.py::test_policy_does_not_step_on_a_nonfinite_gradient",)
 LEAK = ("tests/test_evaluate.py::test_predict_takes_a_query_only_and_is_deterministic",)
 VIEW = ("tests/test_prior_cache.py::test_cached_values_equal_the_transformed_ones_under_every_view",
         "tests/test_prior_cache.py::test_batched_preferences_hold_each_prior_and_are_uniform_outside",
@@ -178,6 +179,9 @@ FAULTS = (
     Fault("policy steps on a non-finite gradient", "policy_refined.py",
           "if torch.isfinite(norm):",
           "if norm is not None:", REFINE),
+    Fault("policy steps on a non-finite gradient in training", "trainloop_complete_with_fixes.py",
+          "if result.policy is not None and math.isfinite(others[1]):",
+          "if result.policy is not None:", STEP),
     # The memory
     Fault("own task recalled", "solver2.py",
           'usable = mirror["task"] != self._identify("task", task_ids).to(features.device)[:, None]',

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import arc_system
-from arc_data import PAD, Augmentation, Context, collate
+from arc_data import PAD, Augmentation, Context, TaskSampler, collate, rows_of_own_input
 from arc_system import (
     ARCSystem,
     DeviceError,
@@ -29,8 +29,8 @@ from arc_system import (
     set_learning_rate,
     update_ratio,
 )
-from config import ConfigError, TrainConfig, resolve, with_values
-from grid_accuracy_loss import cell_nats
+from config import ConfigError, DataConfig, TrainConfig, resolve, with_values
+from grid_accuracy_loss import cell_nats, size_mask
 from qwen_hybrid_prompt import ModelError
 from solver2 import Candidates
 
@@ -607,22 +607,22 @@ def test_memory_speaks_of_other_tasks_only():
 
 def test_preference_is_normalised_and_without_memory_the_prior(shared):
     query, answer = make_batch(growth=2)
-    side = answer.target.shape[-1]
+    canvas = answer.canvas
     for system in (shared, fill_memory(make_system(), ["a", "b", "c"]), make_system(memory__use_memory=False)):
         with torch.no_grad():
-            preference = system.preference(query, system.observe(query), answer.target_size, side)
-        assert preference.shape == (3, side, side, 10)
-        torch.testing.assert_close(preference.exp().sum(-1), torch.ones(3, side, side))
-    prior = system.prior.preferences(query, answer.target_size, side)
+            preference = system.preference(query, system.observe(query), answer.target_size, canvas)
+        assert preference.shape == (3, *canvas, 10)
+        torch.testing.assert_close(preference.exp().sum(-1), torch.ones(3, *canvas))
+    prior = system.prior.preferences(query, answer.target_size, canvas)
     assert torch.equal(preference, prior)
 
 
 def test_target_reaches_the_backward_beliefs_and_nothing_else(shared):
     query, answer = make_batch(growth=2)
-    side, results = answer.target.shape[-1], []
+    results = []
     with torch.no_grad():
         scene = shared.observe(query)
-        reading, preference = shared.read(query, scene, answer.target_size, side)
+        reading, preference = shared.read(query, scene, answer.target_size, answer.canvas)
         for shift in (0, 4):
             target = torch.where(answer.mask, (answer.target + shift) % 10, PAD)
             results.append(
@@ -655,7 +655,7 @@ def test_backward_planner_runs_only_where_something_weighs_it(values, needed):
     query, answer = make_batch()
     with torch.no_grad():
         scene = system.observe(query)
-        reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1])
+        reading, _ = system.read(query, scene, answer.target_size, answer.canvas)
         both = system.plan_both_ways(query, scene, reading, scene.embedding, answer.target, answer.target_size)
     assert (both.backward is not None) == needed
 
@@ -664,7 +664,7 @@ def test_prompt_changes_the_plan(shared):
     query, answer = make_batch()
     with torch.no_grad():
         scene = shared.observe(query)
-        reading, _ = shared.read(query, scene, answer.target_size, answer.target.shape[-1])
+        reading, _ = shared.read(query, scene, answer.target_size, answer.canvas)
         own, other = (shared.plan(scene, reading, x).forward for x in (scene.embedding, scene.embedding.roll(1, 0)))
     assert not torch.allclose(own, other, atol=1e-4)
 
@@ -679,21 +679,22 @@ def test_language_parameters_are_named_within_the_system(shared):
 
 
 @pytest.mark.parametrize(
-    "shape, side", [((2, 3, 3), 3), ((1, 3, 3), 6), ((2, 6, 6), 3), ((1, 4, 2), 3), ((1, 1, 1), 30)]
+    "shape, canvas", [((2, 3, 3), 3), ((1, 3, 3), (6, 2)), ((2, 6, 6), (3, 7)), ((1, 4, 2), 3), ((1, 1, 1), (30, 1))]
 )
-def test_on_canvas_cuts_and_pads(shape, side):
+def test_on_canvas_cuts_and_pads(shape, canvas):
     grid = torch.randint(0, 10, shape, generator=torch.Generator().manual_seed(0))
-    found = on_canvas(grid, side)
-    assert found.shape == (shape[0], side, side)
+    found = on_canvas(grid, canvas)
+    height, width = (canvas, canvas) if isinstance(canvas, int) else canvas
+    assert found.shape == (shape[0], height, width)
     for b in range(shape[0]):
-        for r in range(side):
-            for c in range(side):
+        for r in range(height):
+            for c in range(width):
                 inside = r < shape[1] and c < shape[2]
                 assert found[b, r, c] == (grid[b, r, c] if inside else PAD)
 
 
 def test_canvas_for_holds_every_size():
-    assert [canvas_for(torch.tensor([[1, 2], [n, 1]])) for n in (1, 3, 4, 13, 30)] == [3, 3, 6, 15, 30]
+    assert [canvas_for(torch.tensor([[1, 2], [n, 1]])) for n in (1, 4, 30)] == [(1, 2), (4, 2), (30, 2)]
 
 
 def test_system_names_its_parts_once():
@@ -718,7 +719,7 @@ def score(system, samples=4, seed=0, trained=None, reach=1.0):
     query, answer = make_batch()
     with torch.no_grad():
         scene = system.observe(query)
-        reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1], answer.shapes)
+        reading, _ = system.read(query, scene, answer.target_size, answer.canvas, answer.shapes)
         proposal = system.policy.propose(scene.prompt, scene.features, samples, torch.Generator().manual_seed(seed))
         proposal = dataclasses.replace(proposal, action=reach * proposal.action)
         refined = system.policy.refine(scene.embedding, proposal, 0) if trained is None else scene.embedding + trained
@@ -734,7 +735,7 @@ def test_reward_of_the_trained_refinement_is_the_change_of_its_potential():
         system.memory_reader.delta_gate.fill_(50.0)  # so that what the memory adds changes the plan too
     (terms, reward, gain, _), (query, answer, scene, _, trajectory) = score(system)
     with torch.no_grad():
-        reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1])
+        reading, _ = system.read(query, scene, answer.target_size, answer.canvas)
         before = system.plan(scene, reading, scene.embedding)
         without = system.plan(scene, reading, scene.prompt.embedding)
     rated = [arc_system.rate(system, query, answer, t.decode(), scene.embedding, None).total
@@ -770,7 +771,7 @@ def test_agreement_is_that_of_the_backward_plans_last_belief_inside_the_input():
 def test_move_that_is_remembered_is_the_best_of_the_refinements_or_none():
     system = make_system(noise=0.1, policy__action_scale=3.0)
     judged, (query, answer, scene, _, _) = score(system, samples=16)
-    reading, _ = system.read(query, scene, answer.target_size, answer.target.shape[-1])
+    reading, _ = system.read(query, scene, answer.target_size, answer.canvas)
     proposal = system.policy.propose(scene.prompt, scene.features, 16, torch.Generator().manual_seed(0))
     best, moves = torch.zeros(3), torch.zeros_like(scene.embedding)
     with torch.no_grad():
@@ -825,3 +826,51 @@ def test_reverse_component_counts_the_backward_planners_way_to_the_input():
     with torch.no_grad():
         back = with_reverse.agent.plan_backward(query, trajectory.decode(), answer.target_size, refined)
     torch.testing.assert_close(rated.reverse, arc_system.agreement_with_input(query, back) * rated.accuracy)
+
+
+def test_a_pair_that_others_are_shown_is_embedded_once_and_read_the_same(tasks):
+    """Values and gradients equal those of embedding each query by itself."""
+    system = make_system(agent__attention="off")
+    sampler, kinds = TaskSampler(tasks, DataConfig(batch_size=5), 3, 0), []
+    for k in range(sampler.num_batches(0)):
+        query, answer = sampler.batch(0, k)
+        rows = rows_of_own_input(query.contexts, answer.shapes)
+        kinds.append({row >= 0 for row in rows})
+        for b, row in enumerate(rows):
+            if row >= 0:
+                assert row not in query.demo_index[b]
+                assert torch.equal(query.demo_output_size[row], answer.target_size[b])
+                assert torch.equal(query.demo_input_size[row], query.input_size[b])
+        found = []
+        for own in ((), rows):
+            system.zero_grad()
+            reading = system.agent.read(query, answer.target_size, answer.canvas, own_rows=own)
+            torch.where(reading.mask[..., None], reading.hidden, 0).sin().sum().backward()
+            gradients = [p.grad for p in system.agent.parameters() if p.grad is not None]
+            inside = reading.mask[..., None]
+            cells = [torch.where(inside, x, 0) for x in (reading.hidden, reading.read_logits)]
+            found.append([*cells, *gradients])
+        for one, two in zip(*found, strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
+    assert {True, False} in kinds and {True} in kinds
+
+
+def test_a_target_that_others_are_shown_is_embedded_once_on_the_way_back(tasks):
+    system = make_system(noise=0.1, agent__attention="off")
+    sampler, kinds = TaskSampler(tasks, DataConfig(batch_size=6), 3, 0), []
+    for k in range(sampler.num_batches(0)):
+        query, answer = sampler.batch(0, k)
+        rows = rows_of_own_input(query.contexts, answer.shapes, within_input=True)
+        kinds += [row >= 0 for row in rows]
+        inside = (answer.target_size <= query.input_size).all(1).tolist()
+        assert all(fits or row < 0 for row, fits in zip(rows, inside, strict=True))
+        with torch.no_grad():
+            prompt = torch.randn(len(query), 16, generator=torch.Generator().manual_seed(0))
+            target = torch.where(answer.mask, answer.target, PAD)
+            one = system.agent.plan_backward(query, target, answer.target_size, prompt)
+            two = system.agent.plan_backward(query, target, answer.target_size, prompt, rows)
+        height, width = one.shape[2:4]
+        covered = size_mask(query.input_size, (height, width)) | size_mask(answer.target_size, (height, width))
+        covered = covered[:, None, :, :, None]
+        torch.testing.assert_close(torch.where(covered, two, 0), torch.where(covered, one, 0), rtol=1e-4, atol=1e-4)
+    assert {True, False} == set(kinds)

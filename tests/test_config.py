@@ -171,7 +171,7 @@ def test_smoke_is_small_unless_flags_say_otherwise():
         ("--fresh=1", "--fresh takes no value", None),
         ("-q=1", "--quiet takes no value", None),
         ("--fresh --resume", "--fresh and --resume exclude each other", None),
-        ("doctor", 'unknown command "doctor"', None),
+        ("resume", 'unknown command "resume"', None),
         ("train extra", 'unexpected argument "extra"', None),
         ("--offline true", 'unknown command "true"', None),
         ("--resume=", "--resume got an empty name", None),
@@ -422,7 +422,7 @@ def test_help_documents_every_flag_exit_code_and_example(capsys):
         line.split()[0] for line in text.partition("exit codes:")[2].partition("examples:")[0].splitlines() if line
     ]
     assert codes == ["0", "1", "2", "3", "4", "5", "130", "143"]
-    assert text.partition("examples:")[2].count("python trainloop_complete_with_fixes.py") == 7
+    assert text.partition("examples:")[2].count("python trainloop_complete_with_fixes.py") == 8
     assert text.isascii()
 
 
@@ -450,3 +450,56 @@ def test_version(capsys):
         parse("--version")
     assert caught.value.code == 0
     assert capsys.readouterr().out == f"ARC-EFE {config.VERSION}\n"
+
+
+# A file of settings.
+
+
+def test_a_file_of_settings_counts_before_the_defaults_and_after_flags(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"run": {"epochs": 7, "seed": 3}, "agent": {"width": 32}}))
+    command = parse(f"--config {path} --epochs 5 --smoke")
+    assert (command.config.run.epochs, command.config.run.seed, command.config.agent.width) == (5, 3, 32)
+    assert command.config.data.max_tasks == 16 and command.explicit == {"run.epochs"} and command.file == str(path)
+    yaml = tmp_path / "settings.YAML"
+    yaml.write_text("run:\n  epochs: 7\n  seed: 3\nagent: {width: 32}\n")
+    assert parse(f"--config {yaml}").config == parse(f"--config {path}").config
+
+
+def test_what_print_config_shows_and_a_run_stores_are_files_of_settings(tmp_path):
+    shown = with_values(TrainConfig(), {"run.epochs": 3, "agent.width": 32})
+    (tmp_path / "shown.json").write_text(config_json(shown))
+    (tmp_path / "config.json").write_text(json.dumps({"data_hash": "x", "config": to_dict(shown)}))
+    assert parse(f"--config {tmp_path}/shown.json").config == parse(f"--config {tmp_path}/config.json").config == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "{", "is damaged"),
+        ("a.json", "[1]", "expected an object"),
+        ("a.json", '{"run": {"epoch": 3}}', "unknown setting run.epoch"),
+        ("a.json", '{"run": {"epochs": "x"}}', "run.epochs must be"),
+        ("a.yaml", "run: [", "is damaged"),
+        ("a.yaml", "run: !!python/object/apply:os.system [exit]", "is damaged"),
+        ("a.yaml", "", "expected an object"),
+        ("none.json", None, "cannot read"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_named(name, content, message, tmp_path):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    text, hint = complaint(f"--config {path}")
+    assert text.startswith("--config: ") and str(path) in text and message in text and hint
+
+
+def test_doctor_takes_a_run_and_the_settings_of_training(tmp_path):
+    command = parse(f"doctor demo --out {tmp_path} --device cuda:1 --model tiny --offline --debug")
+    assert command == config.DoctorCommand(run="demo", out=str(tmp_path), device="cuda:1", model="tiny", offline=True,
+                                           debug=True)  # fmt: skip
+    assert parse("doctor") == config.DoctorCommand()
+    assert complaint("doctor a b")[0] == 'unexpected argument "b"'
+    assert complaint("doctor --epochs 3")[0] == "unknown option --epochs"
+    assert complaint("doctor --device gpu")[0].startswith("--device")
+    assert complaint("docter")[1] == "did you mean doctor?"

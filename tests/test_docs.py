@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from config import (
     VERBS,
@@ -53,11 +54,11 @@ def code_lines(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the words after `python` of each command that calls it."""
+    """Return the words after `python`, or after `torchrun` and its flags, of each command that calls it."""
     found = []
     for code in [*spans(text), *code_lines(text)]:
         for part in re.split(r"&&|\|", code):
-            call = re.match(r"!?(?:\w+=\S+ )*python ([\w./-].*)", part.strip())
+            call = re.match(r"!?(?:\w+=\S+ )*(?:python|torchrun(?: --\S+(?: \d+)?)*) ([\w./-].*)", part.strip())
             if call:
                 found.append(shlex.split(call[1].replace("[", " ").replace("]", " ")))
     return found
@@ -93,6 +94,12 @@ def flags_of_driver() -> frozenset[str]:
     return frozenset(o for parser in parsers for action in parser._actions for o in action.option_strings)
 
 
+@functools.cache
+def flags_of_torchrun() -> frozenset[str]:
+    """Return every flag of torchrun."""
+    return frozenset(option for action in get_args_parser()._actions for option in action.option_strings)
+
+
 # What is wrong with it ------------------------------------------------------------------------------------------------
 
 
@@ -109,8 +116,9 @@ def missing_files(text: str) -> list[str]:
 
 
 def unknown_flags(text: str) -> set[str]:
-    """Return the flags that neither the driver nor a benchmark has."""
-    known = set(flags_of_driver()).union(*(flags_of_script(script) for script in (ROOT / "benchmarks").glob("*.py")))
+    """Return the flags that neither the driver, a benchmark nor torchrun has."""
+    benchmarks = (flags_of_script(script) for script in (ROOT / "benchmarks").glob("*.py"))
+    known = flags_of_driver().union(flags_of_torchrun(), *benchmarks)
     return set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text)) - known
 
 
@@ -263,6 +271,8 @@ def test_false_statements_are_found():
         "docs/NONE.md", "gone.md"]  # fmt: skip
     assert unknown_flags("`--epochs 3 --no-use-memory --half dev --made-up`") == {"--made-up"}
     assert refused_commands(f"`python {DRIVER} --epochs 1`, `python -m pytest -q`, `python benchmarks/prior.py`") == []
+    torchrun = f"`torchrun --standalone --nproc-per-node 2 {DRIVER} --epochs"
+    assert refused_commands(f"{torchrun} 2`") == [] and len(refused_commands(f"{torchrun} none`")) == 1
     assert refused_commands("`python\nbenchmarks/overfit.py [--tasks 8] [--seed 1]`") == []
     block = f"    !python {DRIVER} --epochs 0\n\n```\npip install -q x && python benchmarks/prior.py --fast 1\n```\n"
     assert len(refused_commands(f"{block}`python nothing.py`")) == 3

@@ -345,6 +345,17 @@ def test_resume_with_nothing_is_exit_code_5(drive, capsys):
     assert hint.startswith("hint: start one without --resume")
 
 
+def test_a_resumed_run_keeps_its_own_settings_and_says_so(drive, new_flags, tmp_path, capsys):
+    (tmp_path / "settings.json").write_text('{"run": {"seed": 5}, "optim": {"lr": 0.01}}')
+    assert drive(*new_flags("--config", "settings.json", "--epochs", 1, "--max-batches", 1)) == 0
+    stored = json.loads(Path("runs/demo/config.json").read_text())["config"]
+    assert stored["run"]["seed"] == 5 and stored["optim"]["lr"] == 0.01
+    (tmp_path / "settings.json").write_text('{"run": {"seed": 6}}')
+    assert drive("--resume", "--config", "settings.json", "--epochs", 2) == 0
+    assert "note: going on with the run's own settings, not those of settings.json" in capsys.readouterr().out
+    assert json.loads(Path("runs/demo/config.json").read_text())["config"]["run"]["seed"] == 5
+
+
 def test_resume_auto_with_nothing_starts_a_new_run_and_says_so(drive, new_flags, capsys):
     assert drive("--resume", "auto", *new_flags("--epochs", 1, "--max-batches", 1)) == 0
     assert "note: --resume auto: no run under runs/, starting a new one" in capsys.readouterr().out
@@ -705,3 +716,18 @@ def test_weights_that_are_not_finite_are_not_saved(build):
     assert said == [f"warning: checkpoint of step 0 not saved ({fault}); training goes on"]
     assert list_checkpoints(RUN) == [] and run.saver.saved_step == -1
     run.close()
+
+
+def test_policy_does_not_step_on_a_nonfinite_gradient(build):
+    run = build()
+    run.system.train()
+    policy = run.system.policy
+    kept = [p.detach().clone() for p in (*policy.policy_parameters(), policy.advantage_scale.averages)]
+    hook = policy.augmentor.log_std.register_hook(lambda gradient: gradient * float("nan"))
+    step = driver.take_step(run, 0, 0, driver.Moment(0, 0.0, True), watch_qwen=False)
+    assert step.update.taken and step.numbers.policy is not None
+    now = (*policy.policy_parameters(), policy.advantage_scale.averages)
+    assert all(torch.equal(one, two) for one, two in zip(kept, now, strict=True))
+    hook.remove()
+    driver.take_step(run, 0, 1, driver.Moment(1, 0.0, True), watch_qwen=False)
+    assert not torch.equal(policy.advantage_scale.averages, kept[-1])

@@ -545,7 +545,7 @@ def test_demonstration_nats_equal_predictions_one_by_one(items):
                     own = Context(context.task_id, f"one by one {i}", others, grid)
                     alone, answer = collate([own], [target])
                     scene = system.observe(alone)
-                    reading, _ = system.read(alone, scene, answer.target_size, answer.target.shape[-1])
+                    reading, _ = system.read(alone, scene, answer.target_size, answer.canvas)
                     trajectory = system.plan(scene, reading, scene.embedding + moves[m, b])
                     nats.append(float(cell_nats(trajectory.final(), answer.target)))
                 assert float(found[m, b]) == pytest.approx(np.mean(nats), abs=2e-4)
@@ -784,7 +784,7 @@ def test_validation_counts_confident_unsure_and_second_attempts_by_hand(monkeypa
     system.prior = FixedPrior(answers)
     planned = {"unsure": grid("11", "11"), "hidden": right, "sure": right, "oversure": right}
     (order,) = evaluation_batches(items, ALL_AT_ONCE)
-    plans = stacked([planned[items[i][0].task_id] for i in order], 3)
+    plans = stacked([planned[items[i][0].task_id] for i in order], 2)
     monkeypatch.setattr(Trajectory, "decode", lambda self: plans)
     found = validate(system, RUNTIME, items, ALL_AT_ONCE)
     expected = {

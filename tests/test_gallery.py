@@ -16,6 +16,7 @@ from conftest import Lab, comparable, differences
 
 import trainloop_complete_with_fixes as driver
 from arc_data import ArcTask, collate, test_contexts
+from distributed import ALONE
 from evaluate import collect, predict, validate
 from gallery import SAMPLE, Gallery, cut, grid_text, planning_steps, sample_of
 from run_record import RunRecord, cells_of, is_grid, shape_of, union_cells
@@ -226,7 +227,7 @@ def test_a_page_that_takes_long_is_written_at_the_end_only(tmp_path, monkeypatch
     written: list[Path] = []
     monkeypatch.setattr(driver, "write_report", written.append)
     monkeypatch.setattr(driver, "write_curves", written.append)
-    run = SimpleNamespace(page_seconds=0.0, page_written=0.0, folder=SimpleNamespace(path=tmp_path))
+    run = SimpleNamespace(page_seconds=0.0, page_written=0.0, folder=SimpleNamespace(path=tmp_path), world=ALONE)
     driver.write_page(run)
     assert written == [tmp_path] and 0 < run.page_seconds < driver.MAX_PAGE_SECONDS
     for seconds, ago, is_written in ((2.1, 1e6, False), (1.9, 1e6, True), (1.9, 37.0, False), (1.9, 39.0, True)):

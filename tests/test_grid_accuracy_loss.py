@@ -77,17 +77,21 @@ def prompts(batch, seed=5):
     return torch.randn(batch, PROMPT_DIM, generator=torch.Generator().manual_seed(seed))
 
 
-def padded(grid, side):
-    return F.pad(grid, (0, side - grid.shape[-1], 0, side - grid.shape[-2]), value=PAD)
+def padded(grid, rows, cols):
+    return F.pad(grid, (0, cols, 0, rows), value=PAD)
 
 
-def padded_query(query, input_side, demo_side):
-    """Return the same query on larger canvases."""
+def square(grid, side):
+    return padded(grid, side - grid.shape[-2], side - grid.shape[-1])
+
+
+def padded_query(query, more, demos_more):
+    """Return the same query on canvases with `more` (rows, columns)."""
     return dataclasses.replace(
         query,
-        input=padded(query.input, input_side),
-        demo_input=padded(query.demo_input, demo_side),
-        demo_output=padded(query.demo_output, demo_side),
+        input=padded(query.input, *more),
+        demo_input=padded(query.demo_input, *demos_more),
+        demo_output=padded(query.demo_output, *demos_more[::-1]),
     )
 
 
@@ -99,10 +103,9 @@ def chosen_queries(query, index):
     return dataclasses.replace(query, contexts=tuple(query.contexts[i] for i in index.tolist()), **values)
 
 
-def on_side(preference, side):
+def on_larger(preference, rows, cols):
     """Return preference [B, h, w, C] on a larger canvas, uniform outside."""
-    grow = side - preference.shape[1]
-    return F.pad(preference, (0, 0, 0, grow, 0, grow), value=-np.log(NUM_COLORS))
+    return F.pad(preference, (0, 0, 0, cols, 0, rows), value=-np.log(NUM_COLORS))
 
 
 @torch.no_grad()
@@ -118,13 +121,13 @@ def on_cells(values, mask):
 
 def assert_same_plan(a, b, rows=slice(None)):
     """Compare two trajectories on their valid cells; the second may have a larger canvas."""
-    side = a.mask.shape[-1]
+    height, width = a.mask.shape[1:]
     mask = a.mask[rows]
-    assert torch.equal(mask, b.mask[:, :side, :side])
+    assert torch.equal(mask, b.mask[:, :height, :width])
     for name in ("forward", "state_logits"):
-        one, two = getattr(a, name)[rows], getattr(b, name)[:, :, :side, :side]
+        one, two = getattr(a, name)[rows], getattr(b, name)[:, :, :height, :width]
         torch.testing.assert_close(on_cells(two, mask), on_cells(one, mask), **CLOSE)
-    one, two = a.preference_logits[rows], b.preference_logits[:, :side, :side]
+    one, two = a.preference_logits[rows], b.preference_logits[:, :height, :width]
     torch.testing.assert_close(torch.where(mask[..., None], two, 0), torch.where(mask[..., None], one, 0), **CLOSE)
     torch.testing.assert_close(b.halt_logits, a.halt_logits[rows], **CLOSE)
     torch.testing.assert_close(b.features, a.features[rows], **CLOSE)
@@ -342,9 +345,9 @@ def test_views_do_not_depend_on_the_input_canvas():
         grid = torch.from_numpy(random_grid(rng, inside).astype(np.int64))[None]
         size, out_size, side = torch.tensor([inside]), torch.tensor([out]), 12
         inner = size_mask(out_size, side)[:, None]
-        tight, _ = input_views(padded(grid, max(inside)), size, out_size, side)
+        tight, _ = input_views(square(grid, max(inside)), size, out_size, side)
         for larger in (max(inside) + 1, 15, 30):
-            loose, _ = input_views(padded(grid, larger), size, out_size, side)
+            loose, _ = input_views(square(grid, larger), size, out_size, side)
             different = ((tight != loose) & inner).nonzero()[:, 1].unique().tolist()
             assert not different, f"views {different} of a {inside} input seen from a {out} output, canvas {larger}"
 
@@ -356,7 +359,7 @@ def test_cell_geometry_does_not_depend_on_the_output_canvas():
         size, out_size = torch.tensor([inside]), torch.tensor([out])
         found = []
         for side in (max(out), max(out) + 3):
-            views, background = input_views(padded(grid, 15), size, out_size, side)
+            views, background = input_views(square(grid, 15), size, out_size, side)
             found.append(cell_geometry(views, background, size, out_size)[0, : out[0], : out[1]])
         assert found[0].shape[-1] == NUM_GEOMETRY
         different = (found[0] != found[1]).nonzero()[:, -1].unique().tolist()
@@ -369,8 +372,8 @@ def test_views_follow_the_colors():
     grid = torch.from_numpy(distinct_counts_grid(rng, (6, 7)).astype(np.int64))[None]
     size, out_size = torch.tensor([[6, 7]]), torch.tensor([[4, 9]])
     names = torch.cat((torch.from_numpy(rng.permutation(10)), torch.tensor([OUTSIDE])))
-    views, _ = input_views(padded(grid, 9), size, out_size, 9)
-    renamed, _ = input_views(padded(names[grid], 9), size, out_size, 9)
+    views, _ = input_views(square(grid, 9), size, out_size, 9)
+    renamed, _ = input_views(square(names[grid], 9), size, out_size, 9)
     assert torch.equal(renamed, names[views])
 
 
@@ -387,19 +390,22 @@ def test_padding_does_not_change_trajectory(shapes, attention):
     agent = make_agent(attention=attention)
     contexts, answers = make_contexts(shapes)
     query, answer = collate(contexts, answers)
-    side = answer.target.shape[-1]
-    preference = PriorCache().preferences(query, answer.target_size, side)
-    expected = plan(agent, query, answer.target_size, side, preference=preference)
-    for input_side, demo_side, larger in (
-        (query.input.shape[-1] + 3, query.demo_input.shape[-1], side),
-        (query.input.shape[-1], query.demo_input.shape[-1] + 4, side),
-        (query.input.shape[-1], query.demo_input.shape[-1], side + 5),
-        (13, 12, 11),
+    height, width = answer.canvas
+    preference = PriorCache().preferences(query, answer.target_size, answer.canvas)
+    expected = plan(agent, query, answer.target_size, answer.canvas, preference=preference)
+    none = (0, 0)
+    for input_more, demos_more, (rows, cols) in (
+        ((3, 3), none, none),
+        ((0, 2), none, none),
+        (none, (4, 1), none),
+        (none, none, (5, 5)),
+        (none, none, (3, 0)),
+        ((7, 8), (6, 5), (5, 9)),
     ):
-        grown = padded_query(query, input_side, demo_side)
-        found = plan(agent, grown, answer.target_size, larger, preference=on_side(preference, larger))
+        grown, larger = padded_query(query, input_more, demos_more), (height + rows, width + cols)
+        found = plan(agent, grown, answer.target_size, larger, preference=on_larger(preference, rows, cols))
         assert_same_plan(expected, found)
-        target = padded(answer.target, larger)
+        target = padded(answer.target, rows, cols)
         for t in range(expected.forward.shape[1]):
             loss = GridAccuracyLoss()(found.forward[:, t], target)
             torch.testing.assert_close(loss, GridAccuracyLoss()(expected.forward[:, t], answer.target), **CLOSE)
@@ -413,15 +419,14 @@ def test_padding_does_not_change_backward_plan_and_loss(shapes):
     torch.manual_seed(0)
     loss = EFELoss(LossConfig(), feature_dim=agent.config.width, prompt_dim=PROMPT_DIM).eval()
     prompt, totals, backwards = prompts(2), [], []
-    for grow in (0, 4):
-        side = answer.target.shape[-1] + grow
-        grown = padded_query(query, query.input.shape[-1] + grow, query.demo_input.shape[-1] + grow)
-        wide = dataclasses.replace(answer, target=padded(answer.target, side))
-        preference = PriorCache().preferences(grown, answer.target_size, side)
+    for more in ((0, 0), (4, 3)):
+        grown = padded_query(query, more, more)
+        wide = dataclasses.replace(answer, target=padded(answer.target, *more))
+        preference = PriorCache().preferences(grown, answer.target_size, wide.canvas)
         features, size_log_prob = PriorCache().features(query), PriorCache().size_log_prob(query)
         with torch.no_grad():
             trajectory = agent.plan(
-                agent.read(grown, answer.target_size, side, preference=preference),
+                agent.read(grown, answer.target_size, wide.canvas, preference=preference),
                 prompt,
                 agent.predict_size(grown, features, size_log_prob),
             )
@@ -432,10 +437,10 @@ def test_padding_does_not_change_backward_plan_and_loss(shapes):
             )  # fmt: skip
         totals.append(terms)
         backwards.append(backward)
-    frame = backwards[0].shape[-2]
-    covered = size_mask(answer.target_size, frame) | size_mask(query.input_size, frame)
+    rows, cols = backwards[0].shape[2:4]
+    covered = size_mask(answer.target_size, (rows, cols)) | size_mask(query.input_size, (rows, cols))
     torch.testing.assert_close(
-        on_cells(backwards[1][:, :, :frame, :frame], covered), on_cells(backwards[0], covered), **CLOSE
+        on_cells(backwards[1][:, :, :rows, :cols], covered), on_cells(backwards[0], covered), **CLOSE
     )
     for name, value in totals[0].terms.items():
         torch.testing.assert_close(totals[1].terms[name], value, msg=name, **CLOSE)
@@ -447,9 +452,9 @@ def test_trajectory_follows_the_order_of_the_batch(attention):
     agent = make_agent(attention=attention)
     contexts, answers = make_contexts([((4, 5), (4, 5)), ((2, 2), (4, 4)), ((6, 6), (3, 3)), ((1, 1), (1, 1))], demos=3)
     query, answer = collate(contexts, answers)
-    order, side, prompt = torch.tensor([2, 0, 3, 1]), answer.target.shape[-1], prompts(4)
-    expected = plan(agent, query, answer.target_size, side, prompt)
-    found = plan(agent, chosen_queries(query, order), answer.target_size[order], side, prompt[order])
+    order, canvas, prompt = torch.tensor([2, 0, 3, 1]), answer.canvas, prompts(4)
+    expected = plan(agent, query, answer.target_size, canvas, prompt)
+    found = plan(agent, chosen_queries(query, order), answer.target_size[order], canvas, prompt[order])
     assert_same_plan(expected, found, order)
 
 
@@ -470,10 +475,10 @@ def test_query_alone_has_the_same_trajectory_as_in_a_batch(attention, read_cells
     contexts, answers = mixed_batch()
     prompt = prompts(len(contexts))
     query, answer = collate(contexts, answers)
-    together = plan(agent, query, answer.target_size, answer.target.shape[-1], prompt)
+    together = plan(agent, query, answer.target_size, answer.canvas, prompt)
     for b in range(len(contexts)):
         single, own = collate(contexts[b : b + 1], answers[b : b + 1])
-        alone = plan(agent, single, own.target_size, answer.target.shape[-1], prompt[b : b + 1])
+        alone = plan(agent, single, own.target_size, answer.canvas, prompt[b : b + 1])
         assert_same_plan(together, alone, slice(b, b + 1))
 
 
@@ -494,10 +499,10 @@ def test_only_the_listed_demonstrations_matter(read_cells):
     query, answer = collate(contexts, answers)
     query.demo_index[0, 1] = -1  # a hole in the middle: this row belongs to nobody now
     orphan = 1
-    side = answer.target.shape[-1]
-    expected = plan(agent, query, answer.target_size, side).forward
+    canvas = answer.canvas
+    expected = plan(agent, query, answer.target_size, canvas).forward
     for row in range(len(query.demo_input)):
-        found = plan(agent, recolored(query, [row]), answer.target_size, side).forward
+        found = plan(agent, recolored(query, [row]), answer.target_size, canvas).forward
         for b in range(2):
             if row in query.demo_index[b].tolist():
                 assert not torch.allclose(found[b], expected[b], atol=1e-4), (row, b)
@@ -510,14 +515,14 @@ def test_all_demonstrations_matter_whatever_slot_they_sit_in():
     agent = make_agent()
     contexts, answers = make_contexts(SAME, demos=3)
     query, answer = collate(contexts, answers)
-    side = answer.target.shape[-1]
-    expected = plan(agent, query, answer.target_size, side)
+    canvas = answer.canvas
+    expected = plan(agent, query, answer.target_size, canvas)
     turned = dataclasses.replace(query, demo_index=query.demo_index.roll(1, 1))
-    assert_same_plan(expected, plan(agent, turned, answer.target_size, side))
+    assert_same_plan(expected, plan(agent, turned, answer.target_size, canvas))
     fewer = dataclasses.replace(query, demo_index=torch.where(torch.arange(3) == 2, -1, query.demo_index))
-    assert not torch.allclose(plan(agent, fewer, answer.target_size, side).forward, expected.forward, atol=1e-4)
+    assert not torch.allclose(plan(agent, fewer, answer.target_size, canvas).forward, expected.forward, atol=1e-4)
     empty_slot = dataclasses.replace(query, demo_index=F.pad(query.demo_index, (0, 2), value=-1))
-    assert_same_plan(expected, plan(agent, empty_slot, answer.target_size, side))
+    assert_same_plan(expected, plan(agent, empty_slot, answer.target_size, canvas))
 
 
 @pytest.mark.parametrize("attention", ["off", "on"])
@@ -526,7 +531,7 @@ def test_without_demonstrations_everything_is_finite(attention):
     contexts, answers = make_contexts(SAME)
     query, answer = collate(contexts, answers)
     query = dataclasses.replace(query, demo_index=torch.full_like(query.demo_index, -1))
-    trajectory = agent.plan(agent.read(query, answer.target_size, answer.target.shape[-1]), prompts(2))
+    trajectory = agent.plan(agent.read(query, answer.target_size, answer.canvas), prompts(2))
     assert trajectory.forward.isfinite().all()
     torch.where(trajectory.mask[:, None, :, :, None], trajectory.forward, 0).square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in agent.parameters())
@@ -540,8 +545,8 @@ def test_extreme_sizes_are_finite(inside, out, attention):
     agent = make_agent(attention=attention, read_blocks=1, num_steps=2, read_cells=512)
     contexts, answers = make_contexts([(inside, out)], colors=10)
     query, answer = collate(contexts, answers)
-    preference = PriorCache().preferences(query, answer.target_size, answer.target.shape[-1])
-    trajectory = plan(agent, query, answer.target_size, answer.target.shape[-1], preference=preference)
+    preference = PriorCache().preferences(query, answer.target_size, answer.canvas)
+    trajectory = plan(agent, query, answer.target_size, answer.canvas, preference=preference)
     assert trajectory.mask.sum() == out[0] * out[1]
     for field in ("forward", "state_logits", "preference_logits", "halt_logits", "features"):
         assert getattr(trajectory, field).isfinite().all(), field
@@ -552,19 +557,19 @@ def test_extreme_sizes_are_finite(inside, out, attention):
 @pytest.mark.parametrize("size", [(3, 5), (9, 2), (30, 30)])
 def test_bare_grid_is_planned_on_a_canvas_that_holds_input_and_output(size):
     found = make_agent()(torch.zeros(3, 4), prompts(1), torch.tensor([size]))
-    assert found.mask.sum() == size[0] * size[1] and found.mask.shape[-1] == max(4, *size)
+    assert found.mask.sum() == size[0] * size[1] and found.mask.shape == (1, max(3, size[0]), max(4, size[1]))
 
 
 def test_output_size_may_differ_from_the_input_size():
     agent = make_agent()
     contexts, answers = make_contexts(GROWING + SHRINKING)
     query, answer = collate(contexts, answers)
-    side = answer.target.shape[-1]
-    trajectory = plan(agent, query, answer.target_size, side)
+    canvas = answer.canvas
+    trajectory = plan(agent, query, answer.target_size, canvas)
     assert torch.equal(trajectory.mask, answer.mask)
-    assert trajectory.forward.shape == (4, agent.config.num_steps, side, side, NUM_COLORS)
-    other = plan(agent, query, answer.target_size.flip(1), side)
-    assert torch.equal(other.mask, size_mask(answer.target_size.flip(1), side))
+    assert trajectory.forward.shape == (4, agent.config.num_steps, *canvas, NUM_COLORS)
+    other = plan(agent, query, answer.target_size.flip(1), canvas)
+    assert torch.equal(other.mask, size_mask(answer.target_size.flip(1), canvas))
 
 
 # The steps, and the way back -----------------------------------------------------------------------------------------
@@ -589,7 +594,7 @@ def test_each_step_feeds_the_next_and_none_before(tied):
     query, answer = collate(contexts, answers)
 
     def run():
-        return plan(agent, query, answer.target_size, answer.target.shape[-1]).forward
+        return plan(agent, query, answer.target_size, answer.canvas).forward
 
     expected = run()
     for t in range(4):
@@ -604,7 +609,7 @@ def test_steps_in_the_settings_are_steps_of_the_plan(steps):
     agent = make_agent(num_steps=steps)
     contexts, answers = make_contexts(SAME)
     query, answer = collate(contexts, answers)
-    trajectory = plan(agent, query, answer.target_size, answer.target.shape[-1])
+    trajectory = plan(agent, query, answer.target_size, answer.canvas)
     for name in ("forward", "state_logits", "halt_logits"):
         assert getattr(trajectory, name).shape[1] == steps, name
     for s in range(1, steps):
@@ -631,10 +636,10 @@ def test_backward_plan_covers_both_canvases_and_ends_at_the_input(shapes):
     def run():
         return agent.plan_backward(query, answer.target, answer.target_size, prompt)
 
-    frame = max(query.input.shape[-1], answer.target.shape[-1])
+    frame = tuple(map(max, query.input.shape[1:], answer.canvas))
     with torch.no_grad():
         expected = run()
-    assert expected.shape == (2, 4, frame, frame, NUM_COLORS)
+    assert expected.shape == (2, 4, *frame, NUM_COLORS)
     assert expected.isfinite().all()
     for k in range(4):  # the k-th step taken from the output is b_{T-1-k}
         found = altered_step(agent.backward_planner, k, run)
@@ -646,7 +651,7 @@ def test_backward_plan_reads_the_grid_it_starts_from_and_plans_on_both_areas():
     agent = make_agent()
     contexts, answers = make_contexts(GROWING + SHRINKING)
     query, answer = collate(contexts, answers)
-    frame = max(query.input.shape[-1], answer.target.shape[-1])
+    frame = tuple(map(max, query.input.shape[1:], answer.canvas))
     reversed_query = query.reversed(answer.target, answer.target_size)
     reading = agent.read(reversed_query, query.input_size, frame, direction=BACKWARD)
     assert torch.equal(reading.mask, size_mask(query.input_size, frame) | size_mask(answer.target_size, frame))
@@ -668,7 +673,7 @@ def test_backward_beliefs_leave_the_forward_trajectory_alone():
     for shift in (0, 5):
         target = torch.where(answer.mask, (answer.target + shift) % NUM_COLORS, PAD)
         with torch.no_grad():
-            trajectory = agent.plan(agent.read(query, answer.target_size, answer.target.shape[-1]), prompts(2))
+            trajectory = agent.plan(agent.read(query, answer.target_size, answer.canvas), prompts(2))
             backward = agent.plan_backward(query, target, answer.target_size, prompts(2))
         results.append(with_backward(trajectory, backward))
     for field in dataclasses.fields(Trajectory):
@@ -687,8 +692,8 @@ def test_backward_planner_sends_gradient_to_itself_and_the_prompt_only():
     reached = {name.partition(".")[0] for name, p in agent.named_parameters() if p.grad is not None}
     assert reached == {"backward_planner"} and (prompt.grad != 0).any()
     with torch.no_grad():
-        side = max(answer.target.shape[-1], query.input.shape[-1])
-        reading = agent.read(query.reversed(answer.target, answer.target_size), query.input_size, side,
+        frame = tuple(map(max, answer.canvas, query.input.shape[1:]))
+        reading = agent.read(query.reversed(answer.target, answer.target_size), query.input_size, frame,
                              direction=BACKWARD)  # fmt: skip
         there, back = agent.forward_planner(reading, prompt)[0], agent.backward_planner(reading, prompt)[0]
     assert not torch.allclose(there, back, atol=1e-4)
@@ -698,11 +703,11 @@ def test_repeated_reading_plans_each_prompt_as_alone():
     agent = make_agent()
     contexts, answers = make_contexts(SAME)
     query, answer = collate(contexts, answers)
-    side = answer.target.shape[-1]
-    preference = PriorCache().preferences(query, answer.target_size, side)
+    canvas = answer.canvas
+    preference = PriorCache().preferences(query, answer.target_size, canvas)
     three = prompts(6).view(3, 2, PROMPT_DIM)
     with torch.no_grad():
-        reading = agent.read(query, answer.target_size, side, preference=preference)
+        reading = agent.read(query, answer.target_size, canvas, preference=preference)
         together = agent.plan(reading.repeat(3), three.flatten(0, 1))
         for g in range(3):
             alone = agent.plan(reading, three[g])
@@ -741,7 +746,7 @@ def two_rules(seed=0):
 
 def test_first_belief_of_an_untrained_agent_is_the_prior():
     query, _ = collate(two_rules())
-    preference = PriorCache().preferences(query, query.input_size, query.input.shape[-1])
+    preference = PriorCache().preferences(query, query.input_size, tuple(query.input.shape[1:]))
     agent = make_agent(noise=0, kappa=1.0)
     with torch.no_grad():
         trajectory = agent(query, prompts(3), preference=preference)
@@ -753,7 +758,7 @@ def test_first_belief_of_an_untrained_agent_is_the_prior():
 
 def test_prior_enters_with_kappa_and_not_without():
     query, _ = collate(two_rules())
-    preference = PriorCache().preferences(query, query.input_size, query.input.shape[-1])
+    preference = PriorCache().preferences(query, query.input_size, tuple(query.input.shape[1:]))
     other = F.log_softmax(3 * torch.randn(preference.shape, generator=torch.Generator().manual_seed(0)), -1)
     for kappa, matters in ((0.0, False), (0.5, True)):
         agent = make_agent(kappa=kappa)
@@ -932,10 +937,10 @@ def test_every_parameter_gets_a_gradient(attention, tied):
     agent = make_agent(attention=attention, tie_stages=tied).train()
     contexts, answers = make_contexts(SAME + GROWING)
     query, answer = collate(contexts, answers)
-    side, cache, prompt = answer.target.shape[-1], PriorCache(), prompts(4)
+    canvas, cache, prompt = answer.canvas, PriorCache(), prompts(4)
     sizes = agent.predict_size(query, cache.features(query), cache.size_log_prob(query))
-    preference = cache.preferences(query, answer.target_size, side)
-    trajectory = agent.plan(agent.read(query, answer.target_size, side, preference=preference), prompt, sizes)
+    preference = cache.preferences(query, answer.target_size, canvas)
+    trajectory = agent.plan(agent.read(query, answer.target_size, canvas, preference=preference), prompt, sizes)
     trajectory = with_backward(trajectory, agent.plan_backward(query, answer.target, answer.target_size, prompt))
     generator, total = torch.Generator().manual_seed(0), 0.0
     for name in ("forward", "backward", "preference_logits", "halt_logits", "row_logits", "col_logits"):
@@ -953,11 +958,11 @@ def test_bf16_autocast_gives_finite_fp32_logits_near_the_fp32_ones(attention):
     agent = make_agent(attention=attention, noise=0.1)
     contexts, answers = make_contexts(GROWING + SHRINKING)
     query, answer = collate(contexts, answers)
-    side, cache = answer.target.shape[-1], PriorCache()
-    preference = cache.preferences(query, answer.target_size, side)
-    exact = plan(agent, query, answer.target_size, side, preference=preference)
+    canvas, cache = answer.canvas, PriorCache()
+    preference = cache.preferences(query, answer.target_size, canvas)
+    exact = plan(agent, query, answer.target_size, canvas, preference=preference)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        reading = agent.read(query, answer.target_size, side, preference=preference)
+        reading = agent.read(query, answer.target_size, canvas, preference=preference)
         sizes = agent.predict_size(query, cache.features(query), cache.size_log_prob(query))
         trajectory = agent.plan(reading, prompts(4), sizes)
         backward = agent.plan_backward(query, answer.target, answer.target_size, prompts(4))
@@ -974,7 +979,7 @@ def test_bf16_autocast_gives_finite_fp32_logits_near_the_fp32_ones(attention):
 def test_plan_is_deterministic():
     contexts, answers = make_contexts(SAME)
     query, answer = collate(contexts, answers)
-    one, two = (plan(make_agent(), query, answer.target_size, answer.target.shape[-1]) for _ in range(2))
+    one, two = (plan(make_agent(), query, answer.target_size, answer.canvas) for _ in range(2))
     assert torch.equal(one.forward, two.forward)
 
 
@@ -989,7 +994,7 @@ def test_gradients_are_bit_equal_on_several_threads():
         found = []
         for _ in range(3):
             agent.zero_grad()
-            plan = agent.read(query, answer.target_size, answer.target.shape[-1])
+            plan = agent.read(query, answer.target_size, answer.canvas)
             (plan.read_logits.square().sum() + plan.hidden.square().sum()).backward()
             found.append([p.grad.clone() for p in agent.parameters() if p.grad is not None])
     finally:

@@ -380,8 +380,8 @@ def enough_to_judge(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(driver, "validate", validate_many)
 
-    def no_candidates(self, query, sizes, side, count):
-        return torch.full((len(query), count, side, side), PAD), torch.zeros(len(query), count)
+    def no_candidates(self, query, sizes, canvas, count):
+        return torch.full((len(query), count, *canvas), PAD), torch.zeros(len(query), count)
 
     patch.setattr(PriorCache, "candidates", no_candidates)
 

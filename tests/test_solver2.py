@@ -36,6 +36,10 @@ def make_memory(**settings):
     return MemoryBuffer(MemoryConfig(**settings), feature_dim=FEATURES, prompt_dim=PROMPT)
 
 
+def count_hits(memory, recall):
+    memory.count_hits(recall.index, recall.valid)
+
+
 def reload_state(state):
     """Return the state after a weights_only round trip through bytes."""
     stream = io.BytesIO()
@@ -354,7 +358,7 @@ def test_duplicate_keeps_the_better_score_with_its_history():
     memory = make_memory()
     assert memory.admit(make_candidates(["a"], score=0.5, seed=1)) == 1
     first = make_candidates(["a"], seed=1)
-    memory.count_hits(memory.recall(first.features, first.prompt, ["q"]))
+    count_hits(memory, memory.recall(first.features, first.prompt, ["q"]))
     memory.update_gain(torch.tensor([[0]]), torch.tensor([1.0]), torch.tensor([[1.0]]))
     better, worse = make_candidates(["a"], score=0.8, seed=2), make_candidates(["a"], score=0.6, seed=3)
     assert memory.admit(better) == 0 and memory.admit(worse) == 0
@@ -427,7 +431,7 @@ def test_memory_state_round_trip_recalls_identically_and_continues_equally():
     memory = make_memory(memory_capacity=60)
     memory.admit(make_candidates([f"t{i}" for i in range(100)], seed=1), step=7, version=2)
     query = make_candidates([f"t{i}" for i in range(30, 46)], seed=2)
-    memory.count_hits(memory.recall(query.features, query.prompt, query.task_ids))
+    count_hits(memory, memory.recall(query.features, query.prompt, query.task_ids))
     copy = make_memory(memory_capacity=60)
     copy.load_state_dict(reload_state(memory.state_dict()))
     for _ in range(2):
@@ -458,7 +462,7 @@ def test_statistics_count_queries_and_hits():
     stored = make_candidates(["a", "b"], seed=1)
     memory.admit(stored)
     for tasks in (["q", "q"], ["a", "b"]):
-        memory.count_hits(memory.recall(stored.features, stored.prompt, tasks))
+        count_hits(memory, memory.recall(stored.features, stored.prompt, tasks))
     found = memory.statistics()
     assert found["queries"] == 4 and found["size"] == 2 and found["admissions"] == 2 and found["offered"] == 2
     assert 2 <= found["hits"] <= 6 and found["hit_rate"] == found["answered"] / 4

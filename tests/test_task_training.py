@@ -82,7 +82,7 @@ def demonstration_nats(lab, contexts) -> float:
     query, answer = collate([c for c, _ in items], [grid for _, grid in items])
     with torch.no_grad():
         scene = lab.system.observe(query)
-        reading, _ = lab.system.read(query, scene, answer.target_size, answer.target.shape[-1])
+        reading, _ = lab.system.read(query, scene, answer.target_size, answer.canvas)
         return float(cell_nats(lab.system.plan(scene, reading, scene.embedding).final(), answer.target).mean())
 
 

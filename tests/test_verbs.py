@@ -267,3 +267,36 @@ def test_a_protocol_decides_by_content_what_is_trained_and_validated_on():
 def test_one_pair_of_arc2_training_is_left_out_because_it_is_an_answer_of_another_task():
     data = driver.prepare_data(small_config())
     assert (sum(len(t.train) for t in data.tasks), data.left_out) == (3231, 1) and data.validation is data.tasks
+
+
+def test_a_language_model_that_was_moved_is_found_by_model(drive, new_flags, unseen, tmp_path, capsys):
+    from qwen_hybrid_prompt import build_tiny_qwen
+
+    write_tasks(tmp_path / "mine", unseen[:1])
+    build_tiny_qwen("qwen")
+    flags = ("--model", "qwen", "--train-llm", "last:1", "--epochs", 1, "--max-batches", 2, "--eval-tasks", 1)
+    assert drive(*new_flags(*flags)) == 0
+    predict = ("predict", "mine", *QUICK, "--weights", "demo", "--out", "out")
+    answers = Path("out") / f"{unseen[0].id}.prediction.json"
+    assert drive(*predict) == 0
+    written = answers.read_bytes()
+    answers.unlink()
+    Path("qwen").rename("elsewhere")
+    capsys.readouterr()
+    assert drive(*predict) == 4 and "qwen" in capsys.readouterr().err and not answers.exists()
+    assert drive(*predict, "--model", "elsewhere") == 0
+    assert answers.read_bytes() == written
+    build_tiny_qwen("other", seed=1)
+    capsys.readouterr()
+    assert drive(*predict, "--model", "other") == 4
+    assert "error: the frozen weights of " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [10**12, -1, "2", None])
+def test_weights_that_claim_other_tasks_than_they_name_are_refused(count, reference, drive, unseen, tmp_path, capsys):
+    shutil.copytree(reference.path / "best", "best")
+    facts = json.loads(Path("best/config.json").read_text())
+    Path("best/config.json").write_text(json.dumps({**facts, "num_tasks": count}))
+    write_tasks(tmp_path / "mine", unseen[:1])
+    assert drive("predict", "mine", *QUICK, "--weights", "best") == 5
+    assert "config.json" in capsys.readouterr().err
