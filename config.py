@@ -784,7 +784,10 @@ class CommandLine:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerCommand:
-    """What the user typed after eval, predict or submit. `sources`: the files and folders to predict."""
+    """What the user typed after eval, predict, submit or report.
+
+    sources: the files and folders to predict, or the runs to report on.
+    """
 
     verb: str
     config: AnswerConfig
@@ -830,6 +833,7 @@ examples:
   python {PROGRAM} eval
   python {PROGRAM} predict my_task.json
   python {PROGRAM} submit --data challenges.json
+  python {PROGRAM} report
   python {PROGRAM} doctor
 """
 
@@ -896,7 +900,7 @@ def _bare_parser(usage: str, description: str, epilog: str) -> tuple[argparse.Ar
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the training command."""
     parser, group = _bare_parser(
-        "[train] [options]   (or: eval, predict, submit, doctor, each with --help)",
+        "[train] [options]   (or: eval, predict, submit, report, doctor, each with --help)",
         "Train the prompt-guided ARC planner with the Expected-Free-Energy loss.",
         EPILOG,
     )
@@ -925,6 +929,7 @@ VERBS = {
     "eval": "Score a trained run on tasks with answers, beside baselines, and check that it has not seen them.",
     "predict": "Answer task files in two attempts each, show them, and write NAME.prediction.json.",
     "submit": "Write submission.json for a Kaggle challenges file, or check one.",
+    "report": "Make report.html of a run (default: the newest one), or compare two runs on the same outputs.",
 }
 DOCTOR = "Check packages, device, folders, data, model and runs, and print what a report of a fault should hold."
 COMMANDS = ("train", *VERBS, "doctor")
@@ -932,18 +937,28 @@ _NOT_OF = {  # settings that mean nothing to a command
     "eval": (),
     "predict": ("protocol", "data", "solutions", "max_tasks"),
     "submit": ("protocol", "solutions", "max_tasks"),
+    "report": tuple(item.name for item in dataclasses.fields(AnswerConfig) if item.name != "out"),
 }
+_WORDS_OF = {"predict": "TASK.json [FOLDER ...] ", "report": "[RUN [OTHER_RUN]] "}
+_OUT_OF_REPORT = "folder to write the page to (default: that of the run)"
 _ANSWER_EPILOG = """\
 exit codes: 0 done, or paused by --max-hours; 1 a task failed, or a bug; 2 bad usage, or answers that the run has seen;
 3 bad input data; 4 environment; 5 no usable weights; 130 and 143 interrupted, what is done is kept: the same command
 goes on
 """
+_REPORT_EPILOG = """\
+exit codes: 0 done; 1 a bug; 2 bad usage, or two runs without outputs in common; 4 the page cannot be written; 5 no such
+run; 130 interrupted. A run that was killed or damaged is reported on as far as its files tell, and the page says so.
+"""
 
 
 def build_answer_parser(verb: str) -> argparse.ArgumentParser:
-    """Return the parser of eval, predict or submit."""
-    words = "TASK.json [FOLDER ...] " if verb == "predict" else ""
-    parser, group = _bare_parser(f"{verb} {words}[options]", VERBS[verb], _ANSWER_EPILOG)
+    """Return the parser of eval, predict, submit or report."""
+    epilog = _REPORT_EPILOG if verb == "report" else _ANSWER_EPILOG
+    parser, group = _bare_parser(f"{verb} {_WORDS_OF.get(verb, '')}[options]", VERBS[verb], epilog)
+    if verb == "report":
+        group.add_argument("--out", metavar="OUT", dest="answer.out", default=argparse.SUPPRESS, help=_OUT_OF_REPORT)
+        return parser
     if verb == "submit":
         group.add_argument("--check", metavar="FILE", default="", help="check this submission instead of writing one")
     else:
@@ -1064,7 +1079,9 @@ def _parse_answer(verb: str, argv: list[str]) -> AnswerCommand:
     sources = _leftovers(parser, extras)
     known = [(f"answer.{item.name}", item, item.default) for item in dataclasses.fields(AnswerConfig)]
     given = {path.partition(".")[2]: value for path, value in _typed_values(known, vars(typed)).items()}
-    if verb == "predict":
+    if verb == "report":
+        _require(len(sources) <= 2, "report takes one run, or two to compare", "report RUN, or report RUN OTHER_RUN")
+    elif verb == "predict":
         _require(bool(sources), "predict needs task files or folders", f"python {PROGRAM} predict my_task.json")
     elif sources:
         raise ConfigError(f'unexpected argument "{sources[0]}"', f"--data {sources[0]} names the tasks")

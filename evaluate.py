@@ -10,6 +10,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ class Prediction:
     grid: the first attempt; second: another answer, the first one again only where there is no other; unrefined: the
     first attempt under the prompt as written; planned: the planner's own grid under the refined prompt; candidates
     [B, 2, S, S]: the best grids of the prior at its likeliest size. Where at_once [B], the prior's best grid is the
-    first attempt and no planning step counts. steps [B] planning steps used; embedding [B, Dp] the refined prompt.
+    first attempt and no planning step counts. steps [B] planning steps used; embedding [B, Dp] the refined prompt;
+    beliefs [B, T, H, W, C] logits of each planning step under it, on a canvas that may be smaller than S x S.
     """
 
     grid: Tensor
@@ -62,6 +64,7 @@ class Prediction:
     at_once: Tensor
     steps: Tensor
     embedding: Tensor
+    beliefs: Tensor
     scene: Scene
 
     @property
@@ -120,7 +123,9 @@ def predict(system: ARCSystem, query: Query, runtime: Runtime) -> Prediction:
     first, second = two_attempts(planned, candidates, at_once)
     unrefined = torch.where(at_once[:, None, None], first, unrefined)
     steps = torch.where(at_once, 0, steps)
-    return Prediction(first, second, unrefined, planned, candidates, at_once, steps, made.embedding, made.scene)
+    return Prediction(
+        first, second, unrefined, planned, candidates, at_once, steps, made.embedding, after.forward, made.scene
+    )
 
 
 # Refinement of the prompt at prediction ------------------------------------------------------------------------------
@@ -270,9 +275,13 @@ def two_attempts(planned: Tensor, candidates: Tensor, at_once: Tensor) -> tuple[
 
 @dataclass
 class Tally:
-    """One value per output and name, in the order of `add`; a mean divides once."""
+    """One value per output and name, in the order of `add`; a mean divides once.
+
+    kept: what a `Watcher` keeps of single outputs, plain data by the number of the item.
+    """
 
     parts: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    kept: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, name: str, values: Tensor | np.ndarray | Sequence[float]) -> None:
         """Add one value per output."""
@@ -286,6 +295,7 @@ class Tally:
         """Add what another tally holds, after what is there."""
         for name, parts in other.parts.items():
             self.parts.setdefault(name, []).extend(parts)
+        self.kept |= other.kept
 
     def sum(self, name: str) -> float:
         """Return the sum, 0 when nothing was added."""
@@ -297,6 +307,16 @@ class Tally:
         return float(values.mean()) if values.size else float("nan")
 
 
+class Watcher(Protocol):
+    """Who looks at a validation without changing it."""
+
+    def look(self, tally: Tally, batch: Sequence[int], query: Query, prediction: Prediction) -> None:
+        """Keep in `tally.kept` what is wanted of the predictions for the items of one batch."""
+
+    def finish(self, tally: Tally) -> None:
+        """Take the tally of all outputs."""
+
+
 def validate(
     system: ARCSystem,
     runtime: Runtime,
@@ -304,6 +324,7 @@ def validate(
     batch_cells: int,
     tick: Callable[[int], None] = lambda done: None,
     world: World = ALONE,
+    watcher: Watcher | None = None,
 ) -> dict[str, float]:
     """Return the validation metrics of the system over items (context, answer), in evaluation mode.
 
@@ -315,7 +336,10 @@ def validate(
     with the suffixes of `beside_prior`: exact, unsure_exact (the inputs not answered at once), two_exact (at two
     attempts).
     """
-    return summary(collect(system, runtime, items, batch_cells, tick, world))
+    tally = collect(system, runtime, items, batch_cells, tick, world, watcher)
+    if watcher is not None:
+        watcher.finish(tally)
+    return summary(tally)
 
 
 def collect(
@@ -325,6 +349,7 @@ def collect(
     batch_cells: int,
     tick: Callable[[int], None] = lambda done: None,
     world: World = ALONE,
+    watcher: Watcher | None = None,
 ) -> Tally:
     """Return what `validate` sums up, output by output; "item" says which of the items each value belongs to.
 
@@ -342,6 +367,8 @@ def collect(
             judge_beside_prior(tally, prediction, query, answer, system.config.reward)
             look_at_true_size(tally, system, runtime, prediction, query, answer)
             tally.add("item", batch)
+            if watcher is not None:
+                watcher.look(tally, batch, query, prediction)
             tallies.append(tally)
             tick(len(batch))
     dealt, whole = world.gather(tallies), Tally()

@@ -37,6 +37,8 @@ HANGING_SECONDS = 300.0
 CHUNK = 2**22
 # In this order: best weights and logs before the checkpoint that they are at least as new as.
 SMALL_FILES = ("config.json", "env.json", "run.log", "metrics.jsonl", "epochs.csv", "run.json")
+PREDICTIONS = "predictions"
+PAGES = ("report.html", "curves.png")
 BEST_FILES = ("best/model.safetensors", "best/config.json", f"{CHECKPOINTS}/{BEST_DELTA}")
 
 
@@ -128,7 +130,7 @@ class Backup:
 
     def _copy_all(self) -> None:
         """Copy what has changed. Raises: OSError, and what was copied before stays good."""
-        for folder in (self.folder / CHECKPOINTS, self.folder / "best"):
+        for folder in (self.folder / CHECKPOINTS, self.folder / "best", self.folder / PREDICTIONS):
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
         remove_leftovers(self.folder)
@@ -137,8 +139,11 @@ class Backup:
             (self.folder / BACKUP_MARKER).write_text(marker, encoding="utf-8")
         # The newest checkpoint is chosen first: logs copied after that reach at least as far as it does.
         newest = next(iter(list_checkpoints(self.run_dir)), None)
-        for name in (*BEST_FILES, *SMALL_FILES):
+        predictions = prediction_files(self.run_dir)
+        for name in (*BEST_FILES, *predictions, *PAGES, *SMALL_FILES):
             self._copy(name)
+        for name in set(prediction_files(self.folder)) - set(predictions):  # of an attempt that was given up
+            (self.folder / name).unlink(missing_ok=True)
         if newest is not None and self._copy(f"{CHECKPOINTS}/{newest.name}"):
             self.step = step_of(newest)
             self._forget_others(self.step)
@@ -168,6 +173,11 @@ class Backup:
         for path in [path for path in found if path not in upto[:KEPT]]:
             os.truncate(path, 0)
             path.unlink(missing_ok=True)
+
+
+def prediction_files(run_dir: Path) -> list[str]:
+    """Return the names of what validations have left in a run folder, relative to it."""
+    return sorted(f"{PREDICTIONS}/{path.name}" for path in (run_dir / PREDICTIONS).glob("*.jsonl") if path.is_file())
 
 
 def copy_verified(source: Path, target: Path) -> None:
@@ -203,7 +213,8 @@ def bring_back(choice: RunChoice, out: Path | str) -> RunChoice:
     Raises: CheckpointError when another run has the name, another process trains it, or the copy fails.
     """
     source, target = choice.path, Path(out) / choice.path.name
-    names = [*BEST_FILES, *SMALL_FILES, str(choice.checkpoint.relative_to(source))]
+    kept = (*BEST_FILES, *prediction_files(source), *PAGES, *SMALL_FILES)
+    names = [*kept, str(choice.checkpoint.relative_to(source))]
     try:
         if target.exists():
             _require_same_run(target, choice)
@@ -229,7 +240,7 @@ def _copy_as_a_whole(source: Path, target: Path, names: list[str]) -> None:
 
 
 def _copy_names(source: Path, target: Path, names: list[str]) -> None:
-    for folder in (target / CHECKPOINTS, target / "best"):
+    for folder in (target / CHECKPOINTS, target / "best", target / PREDICTIONS):
         folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (source / name).is_file():

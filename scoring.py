@@ -1,13 +1,12 @@
 """Scores of attempts against answers under the three rules in use, with intervals, and the submission file.
 
-Works on grids alone, whoever made them. Imports numpy, config, arc_data and report. Used by verbs.
+Works on grids alone, whoever made them. Imports numpy, config, intervals, arc_data and report. Used by verbs.
 Attempts are {task_id: [[attempt_1, attempt_2], ... one list per test input]}; a single attempt counts as both.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections import defaultdict
@@ -20,13 +19,12 @@ import numpy as np
 
 from arc_data import NUM_COLORS, ArcTask, DataError, Grid, Pair, describe, load_json, parse_grid, require_answers
 from config import one_line
+from intervals import bootstrap_interval, wilson_interval
 from report import write_text_atomic
 
 Attempts = Mapping[str, Sequence[Sequence[Grid]]]
 NUM_ATTEMPTS = 2
 KEYS = ("attempt_1", "attempt_2")
-QUANTILE = 1.959963984540054  # of the standard normal distribution at 97.5 %
-RESAMPLES = 2000
 SIDE_BINS = ((5, "<= 5"), (10, "6-10"), (20, "11-20"), (30, "21-30"))  # bins of an output's longer side
 COLOR_BINS = ("1", "2", "3", "4", "5 or more")  # bins of the number of colours in an answer
 
@@ -47,38 +45,6 @@ class Share:
     def value(self) -> float:
         """Return the share, nan of nothing."""
         return self.right / self.of if self.of else math.nan
-
-
-def wilson_interval(right: int, of: int) -> tuple[float, float]:
-    """Return the 95 % interval of a proportion; (0, 1) of nothing.
-
-    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference
-    """
-    if not of:
-        return 0.0, 1.0
-    share, squared = right / of, QUANTILE**2
-    middle = share + squared / (2 * of)
-    half = QUANTILE * math.sqrt(share * (1 - share) / of + squared / (4 * of**2))
-    low, high = ((middle + sign * half) / (1 + squared / of) for sign in (-1, 1))
-    return (low if right > 0 else 0.0), (high if right < of else 1.0)
-
-
-def bootstrap_interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Return the 95 % interval of sum(sums) / sum(counts) where whole tasks are drawn with replacement; (0, 1) of none.
-
-    One entry of both per task. The resamples are the same in every call.
-    """
-    if not len(sums):
-        return 0.0, 1.0
-    weights = _resamples(len(sums))
-    low, high = np.quantile((weights @ np.asarray(sums, float)) / (weights @ np.asarray(counts, float)), (0.025, 0.975))
-    return float(low), float(high)
-
-
-@functools.lru_cache(maxsize=4)
-def _resamples(tasks: int) -> np.ndarray:
-    """Return how often each task is drawn in each resample, [RESAMPLES, tasks]."""
-    return np.random.default_rng(0).multinomial(tasks, np.full(tasks, 1 / tasks), RESAMPLES)
 
 
 def _proportion(values: Iterable[bool]) -> Share:

@@ -209,6 +209,14 @@ class MemoryBuffer:
         ids = zip(self._live("task").tolist(), self._live("pair").tolist(), strict=True)
         return [(names["task"][task], names["pair"][pair]) for task, pair in ids]
 
+    def entries(self) -> list[dict[str, Any]]:
+        """Return of each entry, as plain values: number (as in a Recall), task and pair (see `owners`), score, gain,
+        hits, and the step that admitted it."""
+        columns = {name: self._live(name).tolist() for name in ("number", "score", "gain", "hits", "step")}
+        rows = zip(self.owners(), *columns.values(), strict=True)
+        return [{"task": task, "pair": pair, **dict(zip(columns, values, strict=True))}
+                for (task, pair), *values in rows]
+
     def count_hits(self, index: Tensor, valid: Tensor) -> None:
         """Add recalled entries to the hit counts and to the hit rate: index and valid [B, K] of a Recall."""
         rows, found = self._locate(index)

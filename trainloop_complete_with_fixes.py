@@ -28,6 +28,10 @@ if __name__ == "__main__":  # --help, doctor, usage errors and missing packages 
         if SPEAKS:
             Console().error(str(problem), problem.hint)
         sys.exit(2)
+    if getattr(COMMAND, "verb", "") == "report":
+        import report_command
+
+        sys.exit(report_command.answer(COMMAND, Console(quiet=COMMAND.quiet)))
     if isinstance(COMMAND, DoctorCommand):
         sys.exit(doctor.examine(COMMAND, Console(quiet=COMMAND.quiet)))
     for fault, hint in doctor.package_faults():
@@ -114,6 +118,7 @@ from config import (
 )
 from distributed import ALONE, WHOLE, Ended, PeerError, Share, World, fingerprint, share_of
 from evaluate import baselines, validate
+from gallery import Gallery
 from grid_accuracy_loss import Trajectory, cell_accuracy, exact_match, parameter_count
 from health import Change, Health
 from loss_function import EFETerms
@@ -164,12 +169,16 @@ from report import (
     full_summary,
     require_mounted,
 )
+from report_page import write_report
 from run_backup import Backup, bring_back
+from run_pictures import write_curves
 from solver2 import Candidates
 
 SMALLER_BATCHES = "--resume with a smaller --batch-cells, or in one process, which goes on with smaller parts"
 MAX_BAD_STEPS = 20
 MAX_ROLLBACKS = 3
+MAX_PAGE_SECONDS = 2.0  # a page that takes longer is written at the end of a session only
+PAGE_SHARE = 0.05  # of the time that pages may take
 EPOCHS_AHEAD = 20  # epochs whose batches are looked at before training when --max-batches leaves some out
 
 
@@ -636,6 +645,8 @@ class Run:
     saves: bool = False  # and to save after it
     health: Health = field(default_factory=Health)
     baselines: dict[str, float | str] | None = None
+    page_seconds: float = 0.0  # of computing that the last report.html took
+    page_written: float = 0.0  # when
     started: float = field(default_factory=time.monotonic)
 
     def batches(self, epoch: int) -> int:
@@ -938,13 +949,15 @@ def run_validation(run: Run) -> dict[str, float]:
     if run.baselines is None:
         run.baselines = run.world.first(lambda: baselines(run.items, run.system.prior))
     bar = run.console.progress(-(-len(run.items) // run.world.size), "Validation", leave=False, unit="pair")
+    gallery = Gallery(run.items, run.system.memory, run.sampler.tasks)
     with run.average.swapped():
-        scores = validate_within_memory(run, bar)
+        scores = validate_within_memory(run, bar, gallery)
     bar.close()
+    run.note("predictions", lambda: gallery.write(run.folder.path, run.state.epoch, run.state.step))
     return {**scores, "seconds": time.monotonic() - began}
 
 
-def validate_within_memory(run: Run, bar: Any) -> dict[str, float]:
+def validate_within_memory(run: Run, bar: Any, gallery: Gallery) -> dict[str, float]:
     """Return the scores of the weights as they are; while the memory does not suffice, begin anew with half the cells.
 
     Raises: OutOfMemory when batches of one pair do not fit, and at once with several processes.
@@ -953,7 +966,7 @@ def validate_within_memory(run: Run, bar: Any) -> dict[str, float]:
         rung = run.state.rung
         cells = max(run.config.data.batch_cells * 2 // rung.validation_parts, 1)
         try:
-            return validate(run.system, run.runtime, run.items, cells, bar.update, run.world)
+            return validate(run.system, run.runtime, run.items, cells, bar.update, run.world, gallery)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -985,6 +998,29 @@ def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
     state.validated = True
     weights, is_best_delta = keep_best(run, scores) if scores is not None else (None, False)
     save(run, weights, is_best_delta)
+    write_page(run)
+
+
+def write_page(run: Run, last: bool = False) -> None:
+    """Write report.html, and with `last` curves.png; without it only while that costs little.
+
+    That is at most MAX_PAGE_SECONDS, and PAGE_SHARE of the time since the last page. Whatever goes wrong with a page is
+    a warning: training does not depend on it, and the command report makes it again.
+    """
+    now = time.monotonic()
+    if not run.world.is_first:
+        return
+    if not last and run.page_seconds > min(MAX_PAGE_SECONDS, PAGE_SHARE * (now - run.page_written)):
+        return
+    run.page_written = now
+    began = time.thread_time()  # a busy machine is no reason to go without the page
+    try:
+        write_report(run.folder.path)
+        if last:
+            write_curves(run.folder.path)
+    except Exception as problem:
+        run.console.warn(f"report.html not written ({type(problem).__name__}: {problem}); training goes on")
+    run.page_seconds = time.thread_time() - began
 
 
 Weights = tuple[dict[str, Tensor], dict[str, Any]]
@@ -1528,8 +1564,10 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
     except BaseException:
         folder.set_status("failed")
         raise
+    write_page(run, last=True)
     if run.world.is_first and folder.read_status()["status"] == "finished":
-        console.say(f"done in {duration(time.monotonic() - began)}. Best weights: {folder.best}")
+        took = duration(time.monotonic() - began)
+        console.say(f"done in {took}. Best weights: {folder.best}; report: {folder.path / 'report.html'}")
     return code
 
 

@@ -1,6 +1,6 @@
 """The commands eval, predict and submit: what is answered, what is checked first, what is shown and written.
 
-May import answering, scoring, protocols, terminal and everything below. Used by the driver.
+May import answering, scoring, protocols, terminal, report_command and everything below. Used by the driver.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import report_command
 from answering import Attempts, Partial, Progress, Solved, Solver, Trust, attempts_of, fallback
 from arc_data import ArcTask, DataError, Pair, data_hash, load_json, load_tasks, parse_grid, parse_task, select_tasks
 from config import PROGRAM, AnswerCommand, ConfigError, one_line
@@ -29,10 +30,11 @@ STOPPING = "stopping after these tasks ... (press again to stop at once; what is
 
 
 def run(command: AnswerCommand, console: Console) -> int:
-    """Run eval, predict or submit; return the exit code."""
+    """Run eval, predict, submit or report; return the exit code."""
     if command.check:
         return check(command, console)
-    return {"eval": evaluate_run, "predict": predict_tasks, "submit": submit}[command.verb](command, console)
+    verbs = {"eval": evaluate_run, "predict": predict_tasks, "submit": submit, "report": report_command.answer}
+    return verbs[command.verb](command, console)
 
 
 @dataclass

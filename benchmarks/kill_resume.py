@@ -123,6 +123,7 @@ def result_of(run: Path) -> dict[str, str]:
         "best_delta.pt": state_digest(read_checkpoint(run / "checkpoints" / "best_delta.pt").payload),
         "metrics.jsonl": digest(records),
         "epochs.csv": digest(epochs),
+        "predictions": digest([(p.name, p.read_bytes()) for p in sorted((run / "predictions").glob("*.jsonl"))]),
         "best weights": digest([(run / "best" / name).read_bytes() for name in ("model.safetensors", "config.json")]),
         "run.json": digest({name: status.get(name) for name in ("status", "epoch", "batch", "step", "best")}),
     }

@@ -171,7 +171,7 @@ def test_smoke_is_small_unless_flags_say_otherwise():
         ("--fresh=1", "--fresh takes no value", None),
         ("-q=1", "--quiet takes no value", None),
         ("--fresh --resume", "--fresh and --resume exclude each other", None),
-        ("report", 'unknown command "report"', None),
+        ("resume", 'unknown command "resume"', None),
         ("train extra", 'unexpected argument "extra"', None),
         ("--offline true", 'unknown command "true"', None),
         ("--resume=", "--resume got an empty name", None),
@@ -422,7 +422,7 @@ def test_help_documents_every_flag_exit_code_and_example(capsys):
         line.split()[0] for line in text.partition("exit codes:")[2].partition("examples:")[0].splitlines() if line
     ]
     assert codes == ["0", "1", "2", "3", "4", "5", "130", "143"]
-    assert text.partition("examples:")[2].count("python trainloop_complete_with_fixes.py") == 7
+    assert text.partition("examples:")[2].count("python trainloop_complete_with_fixes.py") == 8
     assert text.isascii()
 
 

@@ -37,6 +37,7 @@ from distributed import ALONE, Ended, PeerError, Share, World, fingerprint, shar
 from model_persistence import find_launched, list_checkpoints, read_checkpoint
 from prior_cache import PriorCache
 from report import read_metrics
+from run_record import RunRecord
 from trainloop_complete_with_fixes import SMALLER_BATCHES
 
 # Steps so small that rounding does not grow: at the usual rates a last bit becomes 1e-4 within two epochs, in one
@@ -463,6 +464,20 @@ def test_only_the_first_of_two_processes_speaks_and_writes(both):
     names = [sorted(path.name for path in (folder / "runs").rglob("*")) for folder in (both.one, both.two)]
     assert names[0] == names[1]
     assert len(json.loads((both.two / "runs/demo/env.json").read_text())) == 1
+
+
+def test_two_processes_leave_what_one_leaves_for_the_report(both):
+    """Every output with its attempts, and the sample with its planning steps, whichever process has answered it."""
+    one, two = (RunRecord.read(folder / "runs" / "demo") for folder in (both.one, both.two))
+    for epoch in (0, 1):
+        found, shared = one.validation(epoch).outputs, two.validation(epoch).outputs
+        assert len(found) == len(shared) == 4
+        for output, other in zip(found, shared, strict=True):
+            assert output.record.keys() == other.record.keys() and output.key == other.key
+            for name in ("first", "second", "exact"):
+                assert output.record[name] == other.record[name]
+            assert [step[0] for step in output.record["planning"]] == [step[0] for step in other.record["planning"]]
+    assert two.problems == [] and (two.path / "report.html").is_file()
 
 
 def cut(folder: Path, target: Path, step: int) -> list[str]:

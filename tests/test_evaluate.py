@@ -507,7 +507,7 @@ def test_judge_equals_brute_force(own_side, side):
         guesses, unrefined, answers = zip(*(random_case(rng, k % 4) for k in range(batch)), strict=True)
         steps = torch.from_numpy(rng.integers(1, 5, batch))
         shown, plain = stacked(guesses, own_side), stacked(unrefined, own_side)
-        prediction = Prediction(shown, None, plain, None, None, None, steps, None, None)
+        prediction = Prediction(shown, None, plain, None, None, None, steps, None, None, None)
         judge(tally, prediction, Answer(stacked(answers, side), sizes_of(answers)))
         for guess, plain, answer in zip(guesses, unrefined, answers, strict=True):
             expected["size"].append(guess.shape == answer.shape)
@@ -715,7 +715,7 @@ def test_judge_habits_counts_copies_and_answers_of_one_colour():
     inputs, answers, guesses = zip(*cases, strict=True)
     query, answer = collate([Context("t", "test:0", demos, seen) for seen in inputs], answers)
     tally, nothing = Tally(), torch.zeros(len(cases))
-    judge_habits(tally, Prediction(stacked(guesses, 9), *[None] * 4, nothing, nothing, None, None), query, answer)
+    judge_habits(tally, Prediction(stacked(guesses, 9), *[None] * 4, nothing, nothing, None, None, None), query, answer)
     assert tally.sum("copied") == 2 and tally.values("copied").size == 4
     assert tally.sum("constant") == 2 and tally.values("constant").size == 6
 
