@@ -116,7 +116,8 @@ def missing_files(text: str) -> list[str]:
 
 
 def unknown_flags(text: str) -> set[str]:
-    """Return the flags that neither the driver, a benchmark nor torchrun has."""
+    """Return the flags that neither the driver, a benchmark nor torchrun has, without those of commands of pytest."""
+    text = re.sub(r"python -m pytest\b[^\n`]*", "", text)
     benchmarks = (flags_of_script(script) for script in (ROOT / "benchmarks").glob("*.py"))
     known = flags_of_driver().union(flags_of_torchrun(), *benchmarks)
     return set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text)) - known
