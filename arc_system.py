@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -83,7 +84,6 @@ def choose_device(name: str) -> torch.device:
 
 
 def _no_cuda(name: str) -> tuple[str, str]:
-    import os
     import shutil
 
     smi = "found" if shutil.which("nvidia-smi") else "not found"
@@ -110,6 +110,13 @@ def choose_runtime(device: torch.device, precision: str) -> Runtime:
         reason = f"{name} has compute capability {capability[0]}.{capability[1]}"
     scaler = torch.amp.GradScaler(device.type, enabled=chosen == "fp16")
     return Runtime(device, chosen, reason, scaler)
+
+
+def use_deterministic(on: bool) -> None:
+    """Let torch use only algorithms that give the same bits each time, or any. Call it before the GPU computes."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(on)
 
 
 def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator:

@@ -61,6 +61,10 @@ class RunConfig:
         choices=("auto", "fp32", "fp16", "bf16"),
     )
     seed: int = setting(42, "seed of data order, augmentation, initial weights and sampling", low=0, high=2**63 - 1)
+    deterministic: bool = setting(
+        False,
+        "use algorithms that give the same bits each time, so that a resume is exact on a GPU too; slower there",
+    )
     out: str = setting("runs", "folder that holds the run folders")
     name: str = setting("", "name of the run folder; default arc_complete_YYYYMMDD_HHMMSS")
     cache_dir: str = setting(
@@ -399,7 +403,7 @@ RESUME_QUIET = (
 # Settings that a resume may change and says so. With RESUME_FIXED these are all settings.
 RESUME_FREE = (
     *RESUME_QUIET,
-    "run.epochs", "run.max_batches", "run.device", "run.precision",
+    "run.epochs", "run.max_batches", "run.device", "run.precision", "run.deterministic",
     "data.batch_cells", "data.batch_size",
     "prompt.llm_lr", "prompt.gradient_checkpointing",
     "agent.read_cells", "agent.answer_confidence",

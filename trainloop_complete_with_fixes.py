@@ -95,6 +95,7 @@ from arc_system import (
     set_learning_rate,
     to_host,
     update_ratio,
+    use_deterministic,
 )
 from config import (
     VERSION,
@@ -1328,6 +1329,7 @@ def settle(
     resolved = resolve(config, device.type, memory)
     if chosen is not None:
         check_resume(same_data(from_dict(TrainConfig, saved), resolved, chosen.path), resolved, chosen.path.name)
+    use_deterministic(resolved.run.deterministic)
     runtime = choose_runtime(device, resolved.run.precision)
     console.say(f"ARC-EFE {VERSION} | Python {sys.version.split()[0]} | torch {torch.__version__}")
     shared = f" in each of {world.size} processes" if world.size > 1 else ""

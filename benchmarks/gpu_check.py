@@ -1,16 +1,18 @@
-"""Check the system on a CUDA GPU: bf16, fp16 with a loss scaler, and a checkpoint written there resumed on the CPU.
+"""Check the system on a CUDA GPU: bf16, fp16 with a loss scaler, exact resume, and a resume on the CPU.
 
     python benchmarks/gpu_check.py [--batches 100] [--model tiny] [--preset small]
 
 Runs the driver as users do. For each precision: N batches, then the state of the scaler, skipped steps, seconds per
-batch and peak memory; then `--resume --device cpu` takes the bf16 run N + 2 batches far. Exits with 1 when a run fails,
-a loss is not finite, or a step was skipped in bf16.
+batch and peak memory; then `--resume --device cpu` takes the bf16 run N + 2 batches far. With `--deterministic` a run
+that is killed in its second epoch and resumed must end with the bits of one that was never stopped. Exits with 1 when a
+run fails, a loss is not finite, a step was skipped in bf16, or a bit differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,9 +20,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
+from kill_resume import result_of
 
 from report import read_metrics
 
@@ -30,6 +33,29 @@ def drive(*flags: str) -> float:
     began = time.monotonic()
     subprocess.run([sys.executable, str(ROOT / "trainloop_complete_with_fixes.py"), *flags], check=True)
     return time.monotonic() - began
+
+
+def kill_after(rows: int, run: Path, *flags: str) -> None:
+    """Start the driver and kill it once it has logged so many batches. Raises: RuntimeError when it ends before."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "trainloop_complete_with_fixes.py"), *flags])
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or sum(row["event"] == "batch" for row in read_metrics(metrics)) < rows:
+        if process.poll() is not None:
+            raise RuntimeError(f"the run ended with exit code {process.returncode} before it was killed")
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def differences_after_kill(folder: Path, batches: int, flags: list[str]) -> list[str]:
+    """Return what a run of two epochs leaves otherwise when it is killed in its second epoch and resumed."""
+    common = [*flags, "--deterministic", "--out", str(folder), "--epochs", "2", "--max-batches", str(batches),
+              "--log-every", "1", "--save-every", "3", "--save-share", "0"]  # fmt: skip
+    drive(*common, "--name", "whole")
+    kill_after(batches + batches // 2, folder / "killed", *common, "--fresh", "--name", "killed")
+    drive("--resume", str(folder / "killed"))
+    whole, killed = (result_of(folder / name) for name in ("whole", "killed"))
+    return [name for name in whole if whole[name] != killed[name]]
 
 
 def main() -> int:
@@ -59,6 +85,10 @@ def main() -> int:
         drive("--resume", str(Path(folder) / "bf16"), "--device", "cpu", "--precision", "fp32", "--epochs", "2",
               "--max-batches", "2", "--eval-tasks", "4")  # fmt: skip
         print("cuda checkpoint resumed on the cpu: ok")
+        exact = ["--model", args.model, "--preset", args.preset, "--eval-tasks", "8", "--device", "cuda"]
+        differing = differences_after_kill(Path(folder) / "exact", 8, exact)
+        print(f"killed and resumed with --deterministic: {', '.join(differing) or 'no bit'} differs")
+        good &= not differing
     return 0 if good else 1
 
 
