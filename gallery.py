@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from arc_data import PAD, ArcTask, Query
+from arc_system import to_host
 from config import UnsafeFileError, parse_json, read_regular
 from evaluate import Item, Prediction, Tally
 from report import write_text_atomic
@@ -74,9 +75,10 @@ class Gallery:
 
     def look(self, tally: Tally, batch: Sequence[int], query: Query, prediction: Prediction) -> None:
         """Keep the attempts of one batch as text, and of the sample each planning step and what the memory recalled."""
-        grids = torch.stack((prediction.grid, prediction.second, prediction.unrefined)).to(torch.int8).cpu().numpy()
+        made = to_host(*(x.to(torch.int8) for x in (prediction.grid, prediction.second, prediction.unrefined)))
+        grids = [canvases.numpy() for canvases in made]
         for row, item in enumerate(batch):
-            first, second, unrefined = (grid_text(cut(canvas)) for canvas in grids[:, row])
+            first, second, unrefined = (grid_text(cut(canvases[row])) for canvases in grids)
             tally.kept[item] = {"first": first, "second": second}
             if unrefined != first:
                 tally.kept[item]["unrefined"] = unrefined
