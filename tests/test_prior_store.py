@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -489,20 +492,50 @@ def test_file_system_without_locks_gives_one_warning(tmp_path, warnings, monkeyp
     holder.close()
 
 
-@pytest.mark.skipif(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0), reason="root may write anywhere")
-def test_folder_that_is_read_only_is_read_and_gives_one_warning(store, tmp_path, warnings):
-    store.put(b"k" * 16, b"v")
-    store.close()
-    (tmp_path / "priors.sqlite").chmod(0o444)
-    tmp_path.chmod(0o555)
-    try:
-        other = PriorStore(str(tmp_path), warnings.append)
-        assert other.get(b"k" * 16) == b"v"
-        other.put(b"q" * 16, b"v")
-        other.close()
-    finally:
-        tmp_path.chmod(0o755)
-    assert_one_warning(warnings, "readonly")
+def without_rights(action: Callable[[], list[str]]) -> list[str]:
+    """Return what the action returns, run in a fork that has given up the rights of root, which may write anywhere."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            if os.geteuid() == 0:
+                os.setgid(65534)
+                os.setuid(65534)
+            os.write(theirs, json.dumps(action()).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(theirs)
+    with open(ours, "rb") as pipe:
+        said = pipe.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    return json.loads(said)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_folder_that_is_read_only_is_read_and_gives_one_warning():
+    with tempfile.TemporaryDirectory() as name:  # not in pytest's folders, which only their owner may enter
+        folder = Path(name)
+        store = PriorStore(name, print)
+        store.put(b"k" * 16, b"v")
+        store.close()
+        (folder / "priors.sqlite").chmod(0o444)
+        folder.chmod(0o555)
+
+        def read_and_put() -> list[str]:
+            said: list[str] = []
+            other = PriorStore(name, said.append)
+            assert other.get(b"k" * 16) == b"v"
+            other.put(b"q" * 16, b"v")
+            other.close()
+            return said
+
+        try:
+            said = without_rights(read_and_put)
+        finally:
+            folder.chmod(0o755)
+    assert_one_warning(said, "readonly")
 
 
 def test_cache_may_be_deleted_at_any_time(store, tmp_path, warnings):
