@@ -222,7 +222,7 @@ class Reference:
     scores: list[list[float]]
 
 
-def _score(result: driver.StepResult, answer: Any) -> list[float]:
+def score_by_hand(result: driver.StepResult, answer: Any) -> list[float]:
     """Return each sample's cell accuracy at the predicted size, 0 where that is wrong, written out cell by cell."""
     beliefs = result.trajectory.final().argmax(-1)
     scores = []
@@ -243,7 +243,7 @@ def reference(task_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Re
     learn = driver.learn_from
 
     def learn_and_record(system, query, answer, result, step):
-        scores.append(_score(result, answer))
+        scores.append(score_by_hand(result, answer))
         return learn(system, query, answer, result, step)
 
     folder, printed = tmp_path_factory.mktemp("reference"), io.StringIO()
