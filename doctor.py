@@ -187,7 +187,7 @@ def runs(command: DoctorCommand) -> list[Finding]:
         return [Finding(FAIL if command.run else NOTE, str(error), error.hint)]
     if choice is None:
         return [Finding(OK, f"no runs in {command.out}/ yet")]
-    status = RunFolder(choice.path).read_status()
+    status = RunFolder(choice.path, writes=False).read_status()
     found = [Finding(OK, f"{choice.path}: {status.get('status', 'no status')}, newest whole checkpoint"
                          f" {choice.checkpoint.name}")]  # fmt: skip
     flags = status.get("flags") if isinstance(status.get("flags"), dict) else {}
