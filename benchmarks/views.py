@@ -119,16 +119,22 @@ def table(arms: Sequence[Arm]) -> list[str]:
     return [row(arm, bases.setdefault(arm.name.split(",")[0], arm)) for arm in arms]
 
 
-def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(text: str | None, refinements: Sequence[str]) -> argparse.ArgumentParser:
+    """Return a parser with what every script has that answers with a run; `text` says what it does."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="", help="a run or its best/; default: the newest run")
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="arc1-eval", help="what is answered")
-    parser.add_argument("--tasks", type=int, default=0, help="at most this many of them, by hash; 0: all")
-    parser.add_argument("--views", type=int, nargs="+", default=[1, 8, 16, 32])
-    parser.add_argument("--refine", choices=("none", "search"), default="none")
+    parser.add_argument("--refine", choices=refinements, default="none")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--cache-dir", default="", help="the priors' folder; default as in the driver")
+    return parser
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = parser_of(__doc__, ("none", "search"))
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="arc1-eval", help="what is answered")
+    parser.add_argument("--tasks", type=int, default=0, help="at most this many of them, by hash; 0: all")
+    parser.add_argument("--views", type=int, nargs="+", default=[1, 8, 16, 32])
     return parser.parse_args(words)
 
 

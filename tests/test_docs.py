@@ -83,6 +83,9 @@ def defined_tests() -> frozenset[str]:
 def flags_of_script(script: Path) -> set[str]:
     """Return the flags that a script's source declares; the driver's too where it passes on what it does not know."""
     source = script.read_text(encoding="utf-8")
+    for other in re.findall(r"\b(\w+)\.parser_of\(", source):  # flags that another script declares for both
+        shared = script.with_name(f"{other}.py").read_text(encoding="utf-8")
+        source += re.search(r"^def parser_of\(.*?^    return parser$", shared, re.DOTALL | re.MULTILINE)[0]
     own = set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", source)) | {"--help"}
     return own | (flags_of_driver() if "parse_known_args" in source else set())
 
