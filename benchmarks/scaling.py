@@ -84,6 +84,7 @@ def build(folder: Path, data: Path, value: int, flags: list[str]) -> Setting:
     """Return a point of a sweep, its batch's priors computed and its first step taken."""
     words = ["--data", str(data), "--out", tempfile.mkdtemp(dir=folder), "--model", "tiny", "--batch-size", "4", *flags]
     run = driver.build_run(parse_command_line(words), Console(quiet=True), None)
+    run.stop.release()  # a signal ends this script at once
     run.system.train()
     step_once(run, 0, 0)
     return Setting(value, run)

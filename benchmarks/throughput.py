@@ -277,6 +277,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as out:
         words = ["--preset", args.preset, "--device", args.device, "--model", "tiny", "--out", out, *flags]
         run = driver.build_run(parse_command_line(words), Console(quiet=True), None)
+        run.stop.release()  # a signal ends this script at once
         step_cost.prepare_priors(run, args.warmup_batches + args.steps)
         arms = measured(run, args)
         pairs = sum(row[2] for row in arms[0].rows)
