@@ -70,8 +70,9 @@ def fixed(value: float | None, digits: int = 3) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return "1 task", "2 tasks"."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+    """Return "1 task", "2 tasks", "2 batches"."""
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{plural if number != 1 else ''}"
 
 
 # Grids ---------------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def section_head(facts: Facts) -> str:
 def verdict(facts: Facts) -> str:
     """Return one or two sentences: how much is right, and whether that is more than the demonstrations alone say."""
     if not facts.scored:
-        done = counted(int(facts.last_step), "batch").replace("batchs", "batches")
+        done = counted(int(facts.last_step), "batch")
         state = facts.run.status.get("status", "unknown")
         return f"No epoch is validated yet: {done} done, status {state}."
     last = facts.scored[-1]
