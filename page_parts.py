@@ -71,8 +71,8 @@ def fixed(value: float | None, digits: int = 3) -> str:
 
 def counted(number: int, noun: str) -> str:
     """Return "1 task", "2 tasks", "2 batches"."""
-    plural = "es" if noun.endswith("ch") else "s"
-    return f"{number} {noun}{plural if number != 1 else ''}"
+    plural = {"batch": "batches"}.get(noun, f"{noun}s")
+    return f"{number} {noun if number == 1 else plural}"
 
 
 # Grids ---------------------------------------------------------------------------------------------------------------
