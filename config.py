@@ -52,7 +52,12 @@ class RunConfig:
     """What to run, where, and how often to look at it."""
 
     epochs: int = setting(20, "total number of epochs, not additional ones", low=1)
-    max_hours: float = setting(0.0, "stop cleanly after this many hours of this session; 0: no limit", low=0)
+    max_hours: float = setting(
+        0.0,
+        "end this session cleanly after this many hours, a validation included; the learning rate falls towards that"
+        " end; 0: no limit",
+        low=0,
+    )
     max_batches: int = setting(0, "train on at most this many batches per epoch; 0: all", low=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: str = setting(
@@ -243,6 +248,12 @@ class EvalConfig:
         choices=("none", "mean", "search", "isotropic", "random"),
     )
     refine_samples: int = setting(8, "refinements that a search tries per input, besides the mean and none", low=1)
+    views: int = setting(
+        0,
+        "augmented views of each input that vote in a run's last validation; 0: 16 on a GPU, 1 elsewhere, where more"
+        " were not seen to help",
+        low=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,7 +408,7 @@ RESUME_FIXED = (
 RESUME_QUIET = (
     "run.save_minutes", "run.save_share", "run.backup",
     "run.max_hours", "run.out", "run.cache_dir", "run.save_every", "run.keep", "run.log_every", "run.eval_every",
-    "run.eval_tasks", "prompt.offline",
+    "run.eval_tasks", "prompt.offline", "evaluation.views",
 )  # fmt: skip
 
 # Settings that a resume may change and says so. With RESUME_FIXED these are all settings.

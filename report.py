@@ -722,6 +722,8 @@ def full_summary(
     judged = [scores[name] if scores else None for name in ("exact", "outputs", "accuracy_delta")]
     lines = [epoch_summary(epoch, train.get("loss"), train.get("reward"), train.get("qwen_grad"), *judged)]
     lines.append(terms_line({n.removeprefix("term/"): v for n, v in train.items() if n.startswith("term/")}))
+    if scores:
+        lines.insert(1, two_attempts_line(scores))
     if scores and base:
         lines += [
             cells_line(scores["cells_true"], base["copy_cells"], base["color_cells"], base["prior_cells"]),
@@ -738,6 +740,24 @@ def full_summary(
     lines.append(f"  Memory: {memory['size']} entries, threshold {memory['theta']:.3f}")
     lines += [update_ratio_line(train.get("qwen_upd")), speed_line(cells_per_second)]
     return "\n".join(lines)
+
+
+def time_line(training: float, validation: float | None, epochs_left: int, seconds_left: float) -> str:
+    """Return the seconds that an epoch took, in words, and what the epochs that are left will take."""
+    text = f"  Time: {duration(training)} training"
+    if validation is not None:
+        text += f", {duration(validation)} validation"
+    if epochs_left:
+        text += f"; {epochs_left} more epoch{'s' * (epochs_left > 1)} in about {duration(seconds_left)}"
+    return text
+
+
+def two_attempts_line(scores: dict[str, float]) -> str:
+    """Return the outputs that are right at two attempts: of the vote where several views took part."""
+    exact, views = int(scores.get("voted_two_exact", scores["two_exact"])), int(scores.get("views", 1))
+    outputs = int(scores["outputs"])
+    seen = f"vote of {views} views" if views > 1 else "1 view"
+    return f"  Val Accuracy (2 attempts): {exact / max(outputs, 1):.4f} ({exact}/{outputs}), {seen}"
 
 
 def beside_prior_lines(scores: dict[str, float]) -> list[str]:

@@ -118,7 +118,7 @@ from config import (
     with_values,
 )
 from distributed import ALONE, WHOLE, Ended, PeerError, Share, World, fingerprint, share_of
-from evaluate import baselines, validate
+from evaluate import Item, baselines, validate
 from gallery import Gallery
 from grid_accuracy_loss import Trajectory, cell_accuracy, exact_match, parameter_count
 from health import Change, Health
@@ -169,17 +169,23 @@ from report import (
     file_size,
     full_summary,
     require_mounted,
+    time_line,
 )
 from report_page import write_report
 from run_backup import Backup, bring_back
 from run_pictures import write_curves
+from session_time import RESERVE, Costs, Pace
 from solver2 import Candidates
+from voting import choose_views, validate_votes
 
 SMALLER_BATCHES = "--resume with a smaller --batch-cells, or in one process, which goes on with smaller parts"
 MAX_BAD_STEPS = 20
 MAX_ROLLBACKS = 3
 MAX_PAGE_SECONDS = 2.0  # a page that takes longer is written at the end of a session only
 PAGE_SHARE = 0.05  # of the time that pages may take
+SAMPLE = 24  # inputs on which the time of a validation is foretold
+TOO_LITTLE = 0.1  # of an epoch is not worth another validation
+MIN_RESERVE = 0.8  # of the time kept for the last validation must be left for it
 EPOCHS_AHEAD = 20  # epochs whose batches are looked at before training when --max-batches leaves some out
 
 
@@ -584,7 +590,7 @@ class LoopState:
     epoch's start; best holds the best validation figures so far; lr_factor is halved by each of the rollbacks; segments
     holds the batches of `epoch` that were taken under other batch sizes, before a resume changed them; device and
     precision say on what the last session computed, processes how many shared its batches, and rung what it had to do
-    to fit its memory.
+    to fit its memory; ends: where --max-hours ends the schedule of the learning rate, in epochs; 0: after the last one.
     """
 
     epoch: int = 0
@@ -605,6 +611,7 @@ class LoopState:
     precision: str = ""
     processes: int = 1
     rung: Rung = field(default_factory=Rung)
+    ends: float = 0.0
 
     def __post_init__(self) -> None:
         # A checkpoint holds plain data.
@@ -649,6 +656,10 @@ class Run:
     page_seconds: float = 0.0  # of computing that the last report.html took
     page_written: float = 0.0  # when
     started: float = field(default_factory=time.monotonic)
+    pace: Pace = field(default_factory=Pace)
+    validation_seconds: float = 0.0  # of the last validation, or as foretold
+    vote_seconds: float = 0.0  # that the last one takes longer, as foretold
+    foretold: bool = False
 
     def batches(self, epoch: int) -> int:
         """Return the number of batches of an epoch."""
@@ -676,10 +687,28 @@ class Run:
         except OSError as error:
             self.console.warn(f"{what} not written ({error.strerror or error}); training goes on")
 
-    def out_of_time(self) -> bool:
-        """Return True when --max-hours is over."""
+    def seconds_left(self) -> float:
+        """Return the seconds until --max-hours is over, less than 0 after that; infinity without it."""
         hours = self.config.run.max_hours
-        return bool(hours) and time.monotonic() - self.started > hours * 3600
+        return hours * 3600 - (time.monotonic() - self.started) if hours else math.inf
+
+    def reserve(self) -> float:
+        """Return the seconds that the session's last validation needs; 0 where none fits into its time."""
+        wanted = RESERVE * (self.validation_seconds + self.vote_seconds)
+        return wanted if wanted < self.config.run.max_hours * 3600 else 0.0
+
+    def out_of_time(self) -> bool:
+        """Return True when of --max-hours no more is left than the last validation needs."""
+        return self.seconds_left() < self.reserve()
+
+    def is_last_validation(self) -> bool:
+        """Return True when a validation now leaves of --max-hours too little to train on and validate again."""
+        training = TOO_LITTLE * self.batches(self.state.epoch) * self.pace.seconds if self.reserve() else 0.0
+        return self.seconds_left() < 2 * self.reserve() + training
+
+    def can_validate(self) -> bool:
+        """Return True when --max-hours has time for a validation."""
+        return 0 < self.reserve() * MIN_RESERVE < self.seconds_left() < math.inf
 
     def is_over(self) -> bool:
         """Return True when this process would end the session: a signal came, or the time is over."""
@@ -699,15 +728,19 @@ def limited(count: int, limit: int) -> int:
     return min(count, limit) if limit else count
 
 
-def learning_rate_factor(config: TrainConfig, sampler: TaskSampler, epoch: int, batch: int) -> float:
+def learning_rate_factor(
+    config: TrainConfig, sampler: TaskSampler, epoch: int, batch: int, ends: float = 0.0
+) -> float:
     """Return the schedule's factor at a batch: a function of the position in epochs, so a batch size may change.
 
-    The position is counted in batches as epoch 0 has them; where all epochs have as many, it is the step.
+    The position is counted in batches as epoch 0 has them; where all epochs have as many, it is the step. The schedule
+    ends after `ends` epochs; 0: with the last one.
     """
     whole = limited(sampler.num_fresh_batches(0), config.run.max_batches)
     taken, share, left = earlier_part(config, sampler, epoch)
     position = epoch * whole + share * whole + (batch - taken) * ((1 - share) * whole / left)
-    return learning_rate_scale(position, config.run.epochs * whole, config.optim.warmup, config.optim.decay)
+    total = round((ends or config.run.epochs) * whole)
+    return learning_rate_scale(position, total, config.optim.warmup, config.optim.decay)
 
 
 def epoch_progress(config: TrainConfig, sampler: TaskSampler, epoch: int, batch: int) -> float:
@@ -765,10 +798,13 @@ def train_epochs(run: Run) -> int | None:
         code = train_epoch(run, epoch)
         if code is not None:
             return code
-        last = epoch + 1 == config.run.epochs
+        late = run.world.tell(run.is_last_validation())
+        last = late or epoch + 1 == config.run.epochs
         if not state.validated:
-            scores = run_validation(run) if due(epoch + 1, config.run.eval_every, last) else None
+            scores = run_validation(run, last) if due(epoch + 1, config.run.eval_every, last) else None
             finish_epoch(run, scores)
+        if late and epoch + 1 < config.run.epochs:
+            return end_session(run)
     return None
 
 
@@ -817,7 +853,7 @@ def train_epoch(run: Run, epoch: int) -> int | None:
         moment = Moment(state.step, progress, bool(rl_every) and state.step % rl_every == 0)
         last = state.batch + 1 == total
         logs = due(state.batch + 1, config.run.log_every, last)
-        factor = learning_rate_factor(config, run.sampler, epoch, state.batch)
+        factor = learning_rate_factor(config, run.sampler, epoch, state.batch, state.ends)
         set_learning_rate(run.optimizers, state.lr_factor * factor)
         step = take_step(run, epoch, state.batch, moment, watch_qwen=logs)
         count_step(run, step)
@@ -829,11 +865,65 @@ def train_epoch(run: Run, epoch: int) -> int | None:
         stopping = run.is_ending()
         if last or stopping or (not state.bad_steps and run.save_is_due()):
             save(run)
+        run.pace.add(time.monotonic() - began)
         if stopping:
             bar.close()
             return end_session(run)
+        if logs or not run.foretold:
+            fit_to_time(run)
     bar.close()
     return None
+
+
+def fit_to_time(run: Run) -> None:
+    """Let the learning rate fall towards the end of --max-hours, and say once what the run, or the session, will take.
+
+    Called at each log line, as the pace may change; where the schedule ends is in the checkpoints.
+    """
+    state, config = run.state, run.config
+    if not run.pace.is_known:
+        return
+    if not run.foretold and config.run.max_hours:
+        run.validation_seconds, run.vote_seconds = run.world.tell(foretell_validation(run))
+    batches = run.batches(state.epoch)
+    costs = Costs(batches * run.pace.seconds, run.validation_seconds, config.run.eval_every, config.run.epochs)
+    progress = state.epoch + state.batch / batches
+    if config.run.max_hours:
+        reached = costs.reached_after(progress, run.seconds_left() - run.reserve())
+        state.ends = run.world.tell(reached if reached < config.run.epochs else 0.0)
+    if not run.foretold:
+        foretell(run, costs, progress)
+    run.foretold = True
+
+
+def foretell(run: Run, costs: Costs, progress: float) -> None:
+    """Say how long a batch, an epoch, a validation and all of it will take."""
+    epochs, hours, ends = run.config.run.epochs, run.config.run.max_hours, run.state.ends
+    pace = f"{run.pace.seconds:.2f} s per batch, {duration(costs.epoch)} per epoch"
+    if hours:
+        pace += f", {duration(costs.validation)} per validation"
+    text = f"all {epochs} epochs in another {duration(costs.seconds_from(progress))}"
+    if not hours:
+        text += ", validations not counted"
+    elif ends:
+        text = f"{ends:.1f} of {epochs} epochs in {duration(hours * 3600)}; the learning rate falls towards that end"
+        if not run.reserve():
+            text += "; too short for a validation at its end"
+    run.console.say(banner_line("time", f"{pace}; {text}"))
+
+
+def foretell_validation(run: Run) -> tuple[float, float]:
+    """Return the seconds that a validation of all items will take, and the vote of the last one, by those of some."""
+    sample = run.items[:: max(len(run.items) // SAMPLE, 1)][:SAMPLE]
+    began = time.monotonic()
+    bar = run.console.progress(2 * len(sample), "Timing a validation", leave=False, unit="pair")
+    with run.average.swapped():
+        validate_within_memory(run, sample, bar, ALONE)
+        between = time.monotonic()
+        vote_within_memory(run, sample, bar, ALONE)
+    bar.close()
+    whole = len(run.items) / len(sample) / run.world.size
+    return (between - began) * whole, (time.monotonic() - between) * whole
 
 
 def count_step(run: Run, step: Step) -> None:
@@ -944,22 +1034,52 @@ def tell_health(run: Run, changes: list[Change]) -> None:
         run.note("run.json", lambda: run.folder.set_status("running", flags=run.health.summary()))
 
 
-def run_validation(run: Run) -> dict[str, float]:
-    """Return the scores of the averaged weights on the unseen test pairs, beside the baselines."""
+def run_validation(run: Run, last: bool = False) -> dict[str, float]:
+    """Return the scores of the averaged weights on the unseen test pairs, beside the baselines.
+
+    The run's or the session's last validation has more than one view vote, as --views says.
+    """
     began = time.monotonic()
     if run.baselines is None:
         run.baselines = run.world.first(lambda: baselines(run.items, run.system.prior))
     bar = run.console.progress(-(-len(run.items) // run.world.size), "Validation", leave=False, unit="pair")
     gallery = Gallery(run.items, run.system.memory, run.sampler.tasks)
     with run.average.swapped():
-        scores = validate_within_memory(run, bar, gallery)
-    bar.close()
+        scores = validate_within_memory(run, run.items, bar, run.world, gallery)
+        bar.close()
+        if last:
+            bar = run.console.progress(-(-len(run.items) // run.world.size), "Voting", leave=False, unit="pair")
+            scores |= vote_within_memory(run, run.items, bar, run.world)
+            bar.close()
     run.note("predictions", lambda: gallery.write(run.folder.path, run.state.epoch, run.state.step))
-    return {**scores, "seconds": time.monotonic() - began}
+    seconds = run.world.tell(time.monotonic() - began)
+    if not last:
+        run.validation_seconds = seconds
+    return {**scores, "seconds": seconds}
 
 
-def validate_within_memory(run: Run, bar: Any, gallery: Gallery) -> dict[str, float]:
-    """Return the scores of the weights as they are; while the memory does not suffice, begin anew with half the cells.
+def validate_within_memory(
+    run: Run, items: Sequence[Item], bar: Any, world: World, gallery: Gallery | None = None
+) -> dict[str, float]:
+    """Return the scores of the weights as they are, within the memory."""
+    return within_memory(run, items, bar, lambda cells: validate(run.system, run.runtime, items, cells, bar.update,
+                                                                 world, gallery))  # fmt: skip
+
+
+def vote_within_memory(run: Run, items: Sequence[Item], bar: Any, world: World) -> dict[str, float]:
+    """Return the scores of the vote over the views of --views, within the memory; nothing where one view is enough."""
+    views = run.config.evaluation.views or (1 if run.runtime.device.type == "cpu" else 16)
+    if views == 1:
+        return {}
+    seen = choose_views(views, run.config.run.seed)
+    return within_memory(run, items, bar, lambda cells: validate_votes(run.system, run.runtime, items, seen, cells,
+                                                                       bar.update, world))  # fmt: skip
+
+
+def within_memory(
+    run: Run, items: Sequence[Item], bar: Any, look: Callable[[int], dict[str, float]]
+) -> dict[str, float]:
+    """Return what `look` finds with batches of so many cells; while the memory does not suffice, again with half.
 
     Raises: OutOfMemory when batches of one pair do not fit, and at once with several processes.
     """
@@ -967,7 +1087,7 @@ def validate_within_memory(run: Run, bar: Any, gallery: Gallery) -> dict[str, fl
         rung = run.state.rung
         cells = max(run.config.data.batch_cells * 2 // rung.validation_parts, 1)
         try:
-            return validate(run.system, run.runtime, run.items, cells, bar.update, run.world, gallery)
+            return look(cells)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -977,7 +1097,7 @@ def validate_within_memory(run: Run, bar: Any, gallery: Gallery) -> dict[str, fl
                 raise OutOfMemory(f"{short} in {where}", SMALLER_BATCHES) from error
         free_memory(run.runtime.device)
         bar.reset()
-        if max(map(len, evaluation_batches(run.items, cells))) == 1:
+        if max(map(len, evaluation_batches(items, cells))) == 1:
             raise OutOfMemory(f"{short} in the validation at batch 1", "--resume with --refine mean or --refine none")
         run.state.rung = dataclasses.replace(rung, validation_parts=2 * rung.validation_parts)
         run.console.warn(f"{short.short()} in the validation; repeating it with batches of {max(cells // 2, 1)} cells")
@@ -985,21 +1105,43 @@ def validate_within_memory(run: Run, bar: Any, gallery: Gallery) -> dict[str, fl
 
 def finish_epoch(run: Run, scores: dict[str, float] | None) -> None:
     """Print and store the epoch's summary, keep the best weights, and save the state as validated."""
-    state, values = run.state, means(run.state.epoch_sums)
-    state.epoch_seconds, state.save_seconds = run.world.tell((state.epoch_seconds, state.save_seconds))
-    memory = run.system.memory.statistics()
-    speed = values.get("cells", 0.0) / max(state.epoch_seconds, 1e-9)
-    run.console.say(full_summary(state.epoch, values, scores, run.baselines, memory, speed))
-    row = {"epoch": state.epoch, "step": state.step, "memory": memory["size"], "threshold": memory["theta"]}
-    row |= {name.replace("term/", "train_"): value for name, value in values.items()}
-    row |= {f"val_{name}": value for name, value in (scores or {}).items()}
-    run.note("epochs.csv", lambda: run.folder.write_epoch({**row, "train_seconds": state.epoch_seconds}))
-    run.log.append({"event": "epoch", **row, **{f"base_{k}": v for k, v in (run.baselines or {}).items()}})
+    state = run.state
+    values = report_epoch(run, scores)
     tell_health(run, run.health.judge_epoch(epoch_numbers(run, values, scores), state.step))
     state.validated = True
     weights, is_best_delta = keep_best(run, scores) if scores is not None else (None, False)
     save(run, weights, is_best_delta)
     write_page(run)
+
+
+def finish_session(run: Run) -> None:
+    """Validate at the end of --max-hours within an epoch, and keep the best weights.
+
+    The checkpoint is written before the summary is recorded, so that a resume takes the record back: the epoch goes on.
+    """
+    scores = run_validation(run, last=True)
+    save(run, *keep_best(run, scores))
+    report_epoch(run, scores)
+
+
+def report_epoch(run: Run, scores: dict[str, float] | None) -> dict[str, float]:
+    """Print and store the summary of the epoch so far; return its means."""
+    state, values = run.state, means(run.state.epoch_sums)
+    state.epoch_seconds, state.save_seconds = run.world.tell((state.epoch_seconds, state.save_seconds))
+    memory = run.system.memory.statistics()
+    speed = values.get("cells", 0.0) / max(state.epoch_seconds, 1e-9)
+    run.console.say(full_summary(state.epoch, values, scores, run.baselines, memory, speed))
+    training, every, epochs = state.epoch_seconds + state.save_seconds, run.config.run.eval_every, run.config.run.epochs
+    costs, done = Costs(training, run.validation_seconds, every, epochs), state.epoch + 1
+    if state.batch == run.batches(state.epoch):
+        left = costs.seconds_from(done)
+        run.console.say(time_line(training, scores and scores["seconds"], epochs - done, left))
+    row = {"epoch": state.epoch, "step": state.step, "memory": memory["size"], "threshold": memory["theta"]}
+    row |= {name.replace("term/", "train_"): value for name, value in values.items()}
+    row |= {f"val_{name}": value for name, value in (scores or {}).items()}
+    run.note("epochs.csv", lambda: run.folder.write_epoch({**row, "train_seconds": state.epoch_seconds}))
+    run.log.append({"event": "epoch", **row, **{f"base_{k}": v for k, v in (run.baselines or {}).items()}})
+    return values
 
 
 def write_page(run: Run, last: bool = False) -> None:
@@ -1245,6 +1387,8 @@ def end_session(run: Run) -> int:
     Raises: CheckpointError when it could not be written.
     """
     state, number = run.state, run.stop.signal
+    if number is None and not state.validated and run.world.tell(run.can_validate()):
+        finish_session(run)
     run.saver.wait()
     status = "interrupted" if number else "paused"
     run.note("run.json", lambda: run.folder.set_status(status, epoch=state.epoch, batch=state.batch))
@@ -1639,7 +1783,8 @@ def adapt(run: Run, saved: TrainConfig) -> None:
     state.processes = run.world.size
     go_on_from_rung(run, there["device"], here["device"])
     state.device, state.precision = here["device"], here["precision"]
-    was = learning_rate_factor(saved, before, state.epoch, state.batch)
+    was = learning_rate_factor(saved, before, state.epoch, state.batch, state.ends)
+    state.ends = 0.0  # until this session knows its pace
     now = learning_rate_factor(config, run.sampler, state.epoch, state.batch)
     if was != now:
         run.console.note(f"the learning rate's factor is {now:.3f} from here on, it was {was:.3f}: the schedule follows"

@@ -25,11 +25,13 @@ from arc_data import (
     generator,
 )
 from arc_system import ARCSystem, Runtime, agreement_with_input
-from evaluate import Plan, evaluation_mode, plan
+from distributed import ALONE, World
+from evaluate import Item, Plan, evaluation_mode, plan
 
 NUM_DIHEDRAL = 8
 UNPLANNED = -math.log(NUM_COLORS)  # log-probability of a cell on which a view did not plan
 PRIOR_CANDIDATES = 8  # of the prior's grids that take part
+VALIDATED_TOGETHER = 64  # inputs whose views are held at once
 
 
 def choose_views(count: int, seed: int) -> list[Augmentation]:
@@ -166,6 +168,31 @@ def _ranked(verdicts: list[Verdict], agreement: Callable[[Sequence[Grid]], Seque
             equal = [equal[i] for i in order]
         ranked += equal
     return ranked
+
+
+def validate_votes(
+    system: ARCSystem,
+    runtime: Runtime,
+    items: Sequence[Item],
+    views: Sequence[Augmentation],
+    batch_cells: int,
+    tick: Callable[[int], object] = lambda done: None,
+    world: World = ALONE,
+) -> dict[str, float]:
+    """Return the scores of the vote over items (context, answer): views, and voted_exact and voted_two_exact, counts of
+    the first attempt and of both. The items are dealt out to the processes."""
+    right = np.zeros(2, np.int64)
+    mine = items[world.rank :: world.size]
+    for start in range(0, len(mine), VALIDATED_TOGETHER):
+        some = mine[start : start + VALIDATED_TOGETHER]
+        ballots = collect_ballots(system, runtime, [context for context, _ in some], views, batch_cells)
+        for (context, answer), ballot in zip(some, ballots, strict=True):
+            attempts = vote(ballot, lambda grids, c=context: agreements(system, runtime, c, grids))[:2]
+            found = [np.array_equal(attempt.grid, answer) for attempt in attempts]
+            right += (found[0], any(found))
+        tick(len(some))
+    exact, two = world.sum([torch.tensor(right, device=runtime.device)])[0].tolist()
+    return {"views": len(views), "voted_exact": exact, "voted_two_exact": two}
 
 
 def runner_up(belief: Belief) -> Grid:

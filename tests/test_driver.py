@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -35,6 +36,11 @@ RUN = Path("runs/demo")
 def status() -> dict:
     """Return run.json of the run named demo in the current folder."""
     return json.loads((RUN / "run.json").read_text())
+
+
+def records(event: str) -> list[dict]:
+    """Return the records of one kind that the run named demo has written."""
+    return [record for record in read_metrics(RUN / "metrics.jsonl") if record["event"] == event]
 
 
 @pytest.fixture
@@ -323,6 +329,85 @@ def test_max_hours_pauses_after_the_batch(drive, new_flags, capsys):
     assert "saved     epoch 0, batch 1 -> step_000000001.pt" in printed
     assert "continue  python trainloop_complete_with_fixes.py --resume" in printed
     assert list_checkpoints(RUN)[0].name == "step_000000001.pt"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Let a batch take ten seconds and a validation thirty, and let the pace be known after three batches."""
+    validate, validations = driver.run_validation, []
+
+    def run_validation(run, last=False):
+        validations.append(last)
+        scores = validate(run, last)
+        run.validation_seconds = 30.0
+        return scores
+
+    def seconds_left(run):
+        hours = run.config.run.max_hours
+        return hours * 3600 - 10 * (run.state.step - run.began) - 30 * len(validations) if hours else math.inf
+
+    resume = driver.resume_from_checkpoint
+
+    def resumed(run, chosen):
+        found = resume(run, chosen)
+        run.began = run.state.step
+        return found
+
+    monkeypatch.setattr(driver.Run, "began", 0, raising=False)
+    monkeypatch.setattr(driver.Run, "seconds_left", seconds_left)
+    monkeypatch.setattr(driver.Pace, "is_known", property(lambda pace: pace.count >= 3))
+    monkeypatch.setattr(driver.Pace, "seconds", 10.0)
+    monkeypatch.setattr(driver, "foretell_validation", lambda run: (30.0, 0.0))
+    monkeypatch.setattr(driver, "run_validation", run_validation)
+    monkeypatch.setattr(driver, "resume_from_checkpoint", resumed)
+    return validations
+
+
+def test_max_hours_ends_with_a_low_learning_rate_and_a_validation_inside_the_time(drive, new_flags, clock, capsys):
+    """180 seconds hold seven batches, a validation, five batches of the second epoch, and a last validation."""
+    flags = ("--max-hours", 0.05, "--epochs", 10, "--log-every", 1, "--rl-every", 0)
+    assert drive(*new_flags(*flags)) == 0
+    printed = capsys.readouterr().out
+    assert "time      10.00 s per batch, 1 min 10 s per epoch, 30 s per validation; 1.7 of 10 epochs in 3 min; the" \
+        " learning rate falls towards that end" in printed  # fmt: skip
+    assert (status()["status"], status()["epoch"], status()["batch"]) == ("paused", 1, 5) and clock == [False, True]
+    assert re.search(r"Epoch 1 Summary:\n(.*\n)+?  Val Accuracy \(2 attempts\): 0\.\d{4} \(\d/8\), 1 view\n", printed)
+    assert "Time: 1 min 10 s training" not in printed.split("Epoch 1 Summary:")[1]  # it is not over
+    rates = [record["lr"] for record in records("batch")]
+    optim = small_config().optim
+    expected = [optim.lr * learning_rate_scale(k, 12, optim.warmup, optim.decay) for k in range(12)]
+    assert rates[4:] == pytest.approx(expected[4:]) and rates[-1] < 0.4 * max(rates)
+    best = json.loads((RUN / "run.json").read_text())["best"]
+
+    assert drive("--resume", "--max-hours", 0, "--epochs", 2) == 0
+    printed = capsys.readouterr().out
+    assert "note: the learning rate's factor is" in printed and "epoch 1, batch 5/7" in printed
+    assert [record["epoch"] for record in records("epoch")] == [0, 1] and status()["step"] == 14
+    assert (status()["best"]["exact"], status()["best"]["cells_predicted"]) >= (best["exact"], best["cells_predicted"])
+
+
+def test_max_hours_ends_after_an_epoch_when_no_other_fits(drive, new_flags, clock, capsys):
+    assert drive(*new_flags("--max-hours", 140 / 3600, "--epochs", 10, "--rl-every", 0)) == 0
+    assert (status()["status"], status()["epoch"], status()["batch"]) == ("paused", 0, 7) and clock == [True]
+    printed = capsys.readouterr().out
+    assert "Epoch 0 Summary:" in printed and "Epoch 1" not in printed
+
+
+def test_max_hours_too_short_for_a_validation_says_so(drive, new_flags, clock, capsys):
+    assert drive(*new_flags("--max-hours", 32 / 3600, "--epochs", 10, "--rl-every", 0)) == 0
+    assert "too short for a validation at its end" in capsys.readouterr().out
+    assert (status()["status"], status()["batch"]) == ("paused", 4) and clock == []
+
+
+def test_the_last_validation_has_the_views_vote(drive, new_flags, capsys):
+    """A vote of one view is what a validation does anyway; of four views every epoch but the last knows nothing."""
+    flags = ("--views", 4, "--epochs", 2, "--max-batches", 1, "--rl-every", 0)
+    assert drive(*new_flags(*flags)) == 0
+    first, last = records("epoch")
+    assert "val_voted_exact" not in first and last["val_views"] == 4
+    assert 0 <= last["val_voted_exact"] <= last["val_voted_two_exact"] <= last["val_outputs"] == 8
+    found = last["val_voted_two_exact"]
+    assert f"Val Accuracy (2 attempts): {found / 8:.4f} ({found}/8), vote of 4 views" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

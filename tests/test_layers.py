@@ -18,6 +18,7 @@ LAYERS = {
     "archive_check": 0,
     "intervals": 0,
     "page_style": 0,
+    "session_time": 0,
     "distributed": 1,
     "terminal": 0,
     "arc_data": 0,
