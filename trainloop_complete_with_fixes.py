@@ -655,11 +655,15 @@ class Run:
     baselines: dict[str, float | str] | None = None
     page_seconds: float = 0.0  # of computing that the last report.html took
     page_written: float = 0.0  # when
-    started: float = field(default_factory=time.monotonic)
+    clock: Callable[[], float] = time.monotonic  # by which --max-hours counts
+    started: float = 0.0
     pace: Pace = field(default_factory=Pace)
     validation_seconds: float = 0.0  # of the last validation, or as foretold
     vote_seconds: float = 0.0  # that the last one takes longer, as foretold
     foretold: bool = False
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
 
     def batches(self, epoch: int) -> int:
         """Return the number of batches of an epoch."""
@@ -690,7 +694,7 @@ class Run:
     def seconds_left(self) -> float:
         """Return the seconds until --max-hours is over, less than 0 after that; infinity without it."""
         hours = self.config.run.max_hours
-        return hours * 3600 - (time.monotonic() - self.started) if hours else math.inf
+        return hours * 3600 - (self.clock() - self.started) if hours else math.inf
 
     def reserve(self) -> float:
         """Return the seconds that the session's last validation needs; 0 where none fits into its time."""
@@ -847,7 +851,7 @@ def train_epoch(run: Run, epoch: int) -> int | None:
     run.system.train()
     bar = run.console.progress(total, f"Epoch {epoch} (All Fixes)", initial=state.batch)
     while state.batch < total:
-        began = time.monotonic()
+        began, clocked = time.monotonic(), run.clock()
         rl_every = config.policy.rl_every
         progress = epoch_progress(config, run.sampler, epoch, state.batch)
         moment = Moment(state.step, progress, bool(rl_every) and state.step % rl_every == 0)
@@ -865,7 +869,7 @@ def train_epoch(run: Run, epoch: int) -> int | None:
         stopping = run.is_ending()
         if last or stopping or (not state.bad_steps and run.save_is_due()):
             save(run)
-        run.pace.add(time.monotonic() - began)
+        run.pace.add(run.clock() - clocked)
         if stopping:
             bar.close()
             return end_session(run)

