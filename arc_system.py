@@ -20,18 +20,20 @@ from torch import Tensor, nn
 
 from arc_data import PAD, Answer, Query, canvas_shape, rows_of_own_input
 from config import ConfigError, TrainConfig
+from demo_prior import MAX_CANDIDATES
 from distributed import WHOLE, Share
 from grid_accuracy_loss import ARCPromptGuidedAgent, Reading, Trajectory, cell_nats, with_backward
 from loss_function import EFELoss
 from muon import Muon
 from policy_refined import PolicyRefinedAgent, PolicyTerms, Proposal
-from prior_cache import PriorCache
+from prior_cache import NUM_EVIDENCE, PriorCache
 from qwen_hybrid_prompt import Prompt, QwenHybridPrompt
 from reward_shaping import Potentials, cells_union, dense_reward, potentials, shaping_reward
 from solver2 import MemoryBuffer, MemoryReader, Recall, ZTable
 from task_features import NUM_FEATURES
 
 CONTROL_DIM = 32
+NO_CANDIDATE = -1e4  # logit of a candidate that does not exist
 
 
 class DeviceError(RuntimeError):
@@ -159,8 +161,36 @@ class Scene:
         return torch.stack([logits.argmax(1) + 1 for logits in self.size_logits], 1)
 
 
+class CandidateJudge(nn.Module):
+    """Rank the prior's candidates by the rules of their task that they break; which rules matter is learned.
+
+    Untrained it keeps the prior's order. The rules are those of answer_traits, the same for all tasks, so that what is
+    learned from the demonstrations of one task serves every other.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(NUM_EVIDENCE))
+        self.place = nn.Parameter(torch.linspace(0.0, -0.1, MAX_CANDIDATES))
+        with torch.no_grad():
+            self.place[0] = 1.5
+
+    def forward(self, evidence: Tensor, exists: Tensor) -> Tensor:
+        """Return logits [B, K] from evidence [B, K, NUM_EVIDENCE]; candidates that do not exist get a very low one."""
+        with torch.autocast(evidence.device.type, enabled=False):
+            return torch.where(exists, evidence.float() @ self.weight + self.place, NO_CANDIDATE)
+
+
+def ranking_loss(logits: Tensor, right: Tensor) -> Tensor:
+    """Return -log of the share of the right ones, [B, K], [B, K] bool -> [B]; 0 where none is right, or all are."""
+    has_answer = right.any(1)
+    among = torch.where(right, logits, NO_CANDIDATE).logsumexp(1)
+    return torch.where(has_answer, logits.logsumexp(1) - among, 0.0)
+
+
 class ARCSystem(nn.Module):
-    """Own the parts: prompt_model, agent, policy, efe_loss, memory_reader train; memory, z_table, prior are state."""
+    """Own the parts: prompt_model, agent, policy, efe_loss, memory_reader, judge train; memory, z_table, prior are
+    state."""
 
     def __init__(self, config: TrainConfig, num_tasks: int):
         super().__init__()
@@ -178,6 +208,7 @@ class ARCSystem(nn.Module):
         self.memory_reader = MemoryReader(config.memory, prompt_dim) if config.memory.use_memory else None
         self.memory = MemoryBuffer(config.memory, feature_dim=NUM_FEATURES, prompt_dim=prompt_dim)
         self.z_table = ZTable(num_tasks)
+        self.judge = CandidateJudge()
         self.prior = PriorCache(config.agent.prior_effort)
 
     @property
@@ -249,6 +280,36 @@ class ARCSystem(nn.Module):
         loss, reward = self.config.loss, self.config.reward
         in_loss = loss.mode == "full" and (loss.lambda_bidirectional > 0 or loss.lambda_reverse > 0)
         return in_loss or reward.reward_reverse > 0
+
+    def judge_loss(self, query: Query, answer: Answer) -> Tensor:
+        """Return the judge's cross-entropy with which candidate is the answer, at its true size; a scalar, weighted.
+
+        The mean over the batch; 0 for a pair whose answer is no candidate.
+        """
+        weight = self.config.loss.lambda_judge
+        if not weight:
+            return answer.target.new_zeros((), dtype=torch.float32)
+        evidence, exists = self.prior.evidence(query, answer.shapes)
+        grids, _ = self.prior.candidates(query, answer.shapes, answer.canvas)
+        target = torch.where(answer.mask, answer.target, PAD)
+        right = (grids == target[:, None]).flatten(2).all(2) & exists
+        return weight * ranking_loss(self.judge(evidence, exists), right).mean()
+
+    def judged(
+        self, query: Query, shapes: Sequence[tuple[int, int]], canvas: int | tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the prior's candidates [B, K, H, W] and their probabilities [B, K] by the judge, best first.
+
+        Where the prior is confident enough to answer at once, its own best stays first. Those that do not exist are
+        empty, of probability 0, at the end.
+        """
+        evidence, exists = self.prior.evidence(query, shapes)
+        grids, _ = self.prior.candidates(query, shapes, canvas)
+        probability = self.judge(evidence, exists).softmax(1) * exists
+        rank = probability.clone()
+        rank[:, 0] += self.prior.confidences(query, shapes) >= self.config.agent.answer_confidence
+        order = rank.argsort(dim=1, descending=True, stable=True)
+        return grids.take_along_dim(order[..., None, None], 1), probability.take_along_dim(order, 1)
 
     def language_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the trainable parameters of the language model, named within the system."""

@@ -197,6 +197,12 @@ class LossConfig:
     lambda_reward: float = setting(0.3, "weight of the reward term -R", low=0)
     lambda_halt: float = setting(0.15, "weight of the halting head's cross-entropy", low=0)
     lambda_reverse: float = setting(0.05, "weight of the backward planner's cross-entropy with the input", low=0)
+    lambda_judge: float = setting(
+        1.0,
+        "weight of the cross-entropy of the judge, which learns which of the prior's candidates is right by the rules"
+        " that the demonstrations keep to; 0: they stay in the prior's order",
+        low=0,
+    )
     hard_epsilon: float = setting(0.5, "weight of a cell that is already right, relative to a wrong one", low=0, high=1)
     deep_supervision: float = setting(0.5, "share of L_consistency spread over all planning steps", low=0, high=1)
     preference_floor: float = setting(0.05, "uniform share mixed into C", low=0, high=1)
@@ -420,7 +426,8 @@ RESUME_FREE = (
     "agent.read_cells", "agent.answer_confidence",
     "loss.lambda_risk", "loss.lambda_ambiguity", "loss.lambda_step", "loss.lambda_consistency",
     "loss.lambda_bidirectional", "loss.detach", "loss.lambda_z", "loss.lambda_prompt", "loss.lambda_reward",
-    "loss.lambda_halt", "loss.lambda_reverse", "loss.hard_epsilon", "loss.deep_supervision", "loss.preference_floor",
+    "loss.lambda_halt", "loss.lambda_reverse", "loss.lambda_judge",
+    "loss.hard_epsilon", "loss.deep_supervision", "loss.preference_floor",
     "loss.size_warmup",
     "reward.reward_accuracy", "reward.reward_size", "reward.reward_color", "reward.reward_iou", "reward.reward_exact",
     "reward.reward_reverse", "reward.reward_dense",

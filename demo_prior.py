@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+from answer_traits import NUM_MISFITS, misfits
 from cell_features import experts, features, keys
 from expert_tree import Cells, bagged_left_out, predict_left_out
 from grid_hypotheses import LAYERS, NUM_COLORS, NUM_SYMBOLS, Grid, Layer, Scene, Shape
@@ -31,6 +32,8 @@ Demonstrations = Sequence[tuple[Grid, Grid]]
 
 EFFORTS = ("standard", "full")
 MAX_DEMONSTRATIONS = 16  # those after them are left out
+MAX_CANDIDATES = 8  # that are kept of a preference
+NO_MISFITS = np.zeros((0, NUM_MISFITS), np.float16)
 EVIDENCE_FLOOR = 1e-3  # uniform share of every voice when it is judged
 HISTOGRAM_SMOOTHING = 0.1  # added to each colour of the summed histograms
 INPUT_SHARE = 0.4  # weight of the input's own colours in the histogram
@@ -58,12 +61,14 @@ class Preference:
 
     log_prob float32 [h, w, 10], normalised, no probability below 0.0005; confidence in [0, 1]: the probability that the
     first candidate is right, as calibrated on tasks with known answers; candidates (grid uint8, weight, name), best
-    first, all different, weights sum to 1.
+    first, all different, weights sum to 1; misfits float16 [at most MAX_CANDIDATES, NUM_MISFITS]: the rules of the task
+    that the first candidates break.
     """
 
     log_prob: np.ndarray
     confidence: float
     candidates: list[tuple[Grid, float, str]]
+    misfits: np.ndarray
 
 
 def demo_prior(
@@ -76,8 +81,10 @@ def demo_prior(
     if effort not in EFFORTS:
         raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
     shape = int(shape[0]), int(shape[1])
-    voices = all_voices(tuple(demonstrations[:MAX_DEMONSTRATIONS]), test_input, shape, effort)
-    return _mix(voices, len(demonstrations), shape)
+    known = tuple(demonstrations[:MAX_DEMONSTRATIONS])
+    found = _mix(all_voices(known, test_input, shape, effort), len(demonstrations), shape)
+    grids = [grid for grid, _, _ in found.candidates[:MAX_CANDIDATES]]
+    return replace(found, misfits=misfits(known, test_input, grids))
 
 
 # 1. The cells of a task -----------------------------------------------------------------------------------------------
@@ -484,7 +491,7 @@ def _mix(voices: list[Voice], num_demonstrations: int, shape: Shape) -> Preferen
     prob = (1 - floor) * prob / prob.sum(1, keepdims=True) + floor / NUM_COLORS
     candidates = _candidates(voices, prob, shape)
     log_prob = np.log(prob).astype(np.float32).reshape(*shape, NUM_COLORS)
-    return Preference(log_prob, confidence if num_demonstrations > 1 else UNTESTED, candidates)
+    return Preference(log_prob, confidence if num_demonstrations > 1 else UNTESTED, candidates, NO_MISFITS)
 
 
 def _shares(voices: list[Voice], temperature: float) -> np.ndarray:

@@ -51,9 +51,10 @@ class Prediction:
 
     grid: the first attempt; second: another answer, the first one again only where there is no other; unrefined: the
     first attempt under the prompt as written; planned: the planner's own grid under the refined prompt; candidates
-    [B, 2, S, S]: the best grids of the prior at its likeliest size. Where at_once [B], the prior's best grid is the
-    first attempt and no planning step counts. steps [B] planning steps used; embedding [B, Dp] the refined prompt;
-    beliefs [B, T, H, W, C] logits of each planning step under it, on a canvas that may be smaller than S x S.
+    [B, 2, S, S]: the best grids of the prior at its likeliest size, in its own order; judged [B, 2, S, S]: in the
+    judge's. Where at_once [B], the best of these is the first attempt and no planning step counts. steps [B] planning
+    steps used; embedding [B, Dp] the refined prompt; beliefs [B, T, H, W, C] logits of each planning step under it, on
+    a canvas that may be smaller than S x S.
     """
 
     grid: Tensor
@@ -61,6 +62,7 @@ class Prediction:
     unrefined: Tensor
     planned: Tensor
     candidates: Tensor
+    judged: Tensor
     at_once: Tensor
     steps: Tensor
     embedding: Tensor
@@ -105,10 +107,7 @@ def plan(system: ARCSystem, query: Query, runtime: Runtime) -> Plan:
 
 @torch.no_grad()
 def predict(system: ARCSystem, query: Query, runtime: Runtime) -> Prediction:
-    """Return two attempts from the query alone; deterministic.
-
-    The first is planned, unless the prior is confident enough to answer at once with its own best grid.
-    """
+    """Return two attempts from the query alone; deterministic. See `two_attempts`."""
     made = plan(system, query, runtime)
     after = made.trajectory
     with runtime.autocast():
@@ -119,13 +118,13 @@ def predict(system: ARCSystem, query: Query, runtime: Runtime) -> Prediction:
     canvas = (max(heights), max(widths))
     planned, unrefined = on_canvas(after.decode(), canvas), on_canvas(before.decode(), canvas)
     candidates, _ = system.prior.candidates(query, made.shapes, canvas, count=2)
-    at_once = made.confident & has_cells(candidates[:, 0])
-    first, second = two_attempts(planned, candidates, at_once)
-    unrefined = torch.where(at_once[:, None, None], first, unrefined)
+    judged, _ = system.judged(query, made.shapes, canvas)
+    at_once, judges = made.confident & has_cells(judged[:, 0]), system.config.agent.answer_confidence <= 1
+    first, second = two_attempts(planned, judged, at_once, judges)
+    unrefined, _ = two_attempts(unrefined, judged, at_once, judges)
     steps = torch.where(at_once, 0, steps)
-    return Prediction(
-        first, second, unrefined, planned, candidates, at_once, steps, made.embedding, after.forward, made.scene
-    )
+    return Prediction(first, second, unrefined, planned, candidates, judged[:, :2], at_once, steps, made.embedding,
+                      after.forward, made.scene)  # fmt: skip
 
 
 # Refinement of the prompt at prediction ------------------------------------------------------------------------------
@@ -258,16 +257,20 @@ def has_cells(grid: Tensor) -> Tensor:
     return (grid != PAD).flatten(1).any(1)
 
 
-def two_attempts(planned: Tensor, candidates: Tensor, at_once: Tensor) -> tuple[Tensor, Tensor]:
+def two_attempts(planned: Tensor, judged: Tensor, at_once: Tensor, judges: bool = True) -> tuple[Tensor, Tensor]:
     """Return the first and the second attempt, both [B, S, S].
 
-    Shapes:  planned [B, S, S], candidates [B, 2, S, S] best first, at_once [B]
-    First the planner's grid and then the best candidate, or the other way round where at_once; of the two alike, the
-    second gives way to the next candidate.
+    Shapes:  planned [B, S, S], judged [B, K, S, S] the candidates, best first, at_once [B]
+    A grid that the planner alone knows comes first, and the best candidate second, the other way round where at_once.
+    Where the planner's grid is a candidate, the best two candidates are the attempts; unless the judge may not decide
+    (`judges`), when the planner's grid comes first in any case but at_once. Of two alike, the second gives way to the
+    next candidate.
     """
-    best, next_best = candidates.unbind(1)
-    swapped = at_once[:, None, None]
-    first, second = torch.where(swapped, best, planned), torch.where(swapped, planned, best)
+    best, next_best = judged[:, 0], judged[:, 1]
+    known = (planned[:, None] == judged).flatten(2).all(2).any(1) & judges
+    swapped, decided = at_once[:, None, None], known[:, None, None]
+    first = torch.where(swapped | decided, best, planned)
+    second = torch.where(decided, next_best, torch.where(swapped, planned, best))
     alike = (first == second).flatten(1).all(1)
     second = torch.where(alike[:, None, None], next_best, second)
     return first, torch.where(has_cells(second)[:, None, None], second, first)
@@ -334,7 +337,7 @@ def validate(
     the prior answers), at_once_exact, at_once_planned (exact among these, and so the planner's own grids for them);
     potential, potential_prior (means), skill; copied, constant (shares, see `judge_habits`); and beside the prior, each
     with the suffixes of `beside_prior`: exact, unsure_exact (the inputs not answered at once), two_exact (at two
-    attempts).
+    attempts), judged_exact and judged_two_exact (the prior's candidates in the judge's order).
     """
     tally = collect(system, runtime, items, batch_cells, tick, world, watcher)
     if watcher is not None:
@@ -403,6 +406,8 @@ def summary(tally: Tally) -> dict[str, float]:
         **beside_prior(tally, "exact"),
         **beside_prior(tally, "unsure_exact"),
         **beside_prior(tally, "two_exact"),
+        **beside_prior(tally, "judged_exact"),
+        **beside_prior(tally, "judged_two_exact"),
     }
 
 
@@ -446,9 +451,12 @@ def judge_beside_prior(
         return potentials(grid, sizes, answer.target, answer.target_size, query.input, query.input_size, config).total
 
     best, next_best = prediction.candidates.unbind(1)
+    chosen, chosen_next = prediction.judged.unbind(1)
     first, prior, at_once = is_exact(prediction.grid), is_exact(best), prediction.at_once
     tally.add("planned_exact", is_exact(prediction.planned))
     compare(tally, "exact", first, prior)
+    compare(tally, "judged_exact", is_exact(chosen), prior)
+    compare(tally, "judged_two_exact", is_exact(chosen) | is_exact(chosen_next), prior | is_exact(next_best))
     compare(tally, "unsure_exact", first[~at_once], prior[~at_once])
     compare(tally, "two_exact", first | is_exact(prediction.second), prior | is_exact(next_best))
     tally.add("at_once", at_once)

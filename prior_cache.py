@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from answer_traits import NUM_MISFITS
 from arc_data import MAX_SIDE, NUM_COLORS, PAD, Context, Query, canvas_shape
-from demo_prior import Preference, Shape
+from demo_prior import MAX_CANDIDATES, Preference, Shape
 from prior_store import (
-    MAX_CANDIDATES,
     MIN_PARALLEL,
     UNREADABLE,
     PriorStore,
@@ -37,6 +37,8 @@ from size_hypotheses import size_rule
 from task_features import canonical_colors, color_map, context_features
 
 SIZE_FLOOR = 1e-4  # least marginal probability of a side
+NUM_EVIDENCE = NUM_MISFITS + 5  # numbers about a candidate
+SUM_SCALE = np.array([0.2, 0.2, 0.1], np.float32)  # brings the sums of misfits to the size of the other numbers
 
 Request = tuple[Context, Shape | None]  # an input and an output shape, both in the frame of its augmentation
 
@@ -155,7 +157,8 @@ class PriorCache:
         if view.is_identity:
             return plain
         candidates = [(view.apply(grid), weight, name) for grid, weight, name in plain.candidates]
-        return Preference(np.ascontiguousarray(view.apply_scores(plain.log_prob)), plain.confidence, candidates)
+        log_prob = np.ascontiguousarray(view.apply_scores(plain.log_prob))
+        return Preference(log_prob, plain.confidence, candidates, plain.misfits)
 
     def sizes(self, context: Context) -> list[tuple[Shape, float]]:
         """Return size_prior in the frame of the context's augmentation."""
@@ -207,6 +210,19 @@ class PriorCache:
                 weights[b, k] = weight
         device = query.input.device
         return torch.from_numpy(grids).to(device), torch.from_numpy(weights).to(device)
+
+    def evidence(self, query: Query, sizes: Tensor | Sequence[Shape]) -> tuple[Tensor, Tensor]:
+        """Return what is known of each candidate, float32 [B, MAX_CANDIDATES, NUM_EVIDENCE], and which exist.
+
+        The same under every augmentation. See `candidate_evidence`.
+        """
+        evidence = np.zeros((len(query), MAX_CANDIDATES, NUM_EVIDENCE), np.float32)
+        exists = np.zeros((len(query), MAX_CANDIDATES), bool)
+        for b, (context, shape) in enumerate(zip(query.contexts, _plain_shapes(sizes), strict=True)):
+            found = candidate_evidence(self._preference(context, shape))
+            evidence[b, : len(found)], exists[b, : len(found)] = found, True
+        device = query.input.device
+        return torch.from_numpy(evidence).to(device), torch.from_numpy(exists).to(device)
 
     def likeliest_sizes(self, query: Query) -> list[Shape]:
         """Return the most probable output size of each context, in the frame of its augmentation."""
@@ -296,6 +312,18 @@ class PriorCache:
 
     def _canonical(self, context: Context) -> np.ndarray:
         return self._get(("ranks", context.key), lambda: canonical_colors(context.demonstrations, context.input))
+
+
+def candidate_evidence(preference: Preference) -> np.ndarray:
+    """Return float32 [candidates, NUM_EVIDENCE]: misfits, their three sums, log weight, and the prior's confidence in
+    its first candidate."""
+    count = len(preference.misfits)
+    broken = preference.misfits.astype(np.float32)
+    sums = broken.reshape(count, 3, -1).sum(2) * SUM_SCALE
+    weights = np.array([weight for _, weight, _ in preference.candidates[:count]], np.float32)
+    confidence = np.zeros(count, np.float32)
+    confidence[:1] = preference.confidence
+    return np.column_stack((broken, sums, np.log(weights + 1e-6) / 5, confidence))
 
 
 def side_marginals(sizes: Sequence[tuple[Shape, float]]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Priors as bytes: computed by a pool of processes, kept in one file on the disk, found again by their content.
 
-Imports the standard library and demo_prior only, so that a worker process starts fast. Used by prior_cache.
+Imports the standard library, answer_traits and demo_prior only, so that a worker process starts fast. Used by
+prior_cache.
 What is computed and what is read from the disk pass through the same bytes, so both give the same numbers to the bit.
 """
 
@@ -25,11 +26,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from demo_prior import Demonstrations, Grid, Preference, Shape, demo_prior, size_prior
+from answer_traits import NUM_MISFITS
+from demo_prior import MAX_CANDIDATES, Demonstrations, Grid, Preference, Shape, demo_prior, size_prior
 
-PRIOR_VERSION = 3  # of the numbers that demo_prior and size_prior give
+PRIOR_VERSION = 4  # of the numbers that demo_prior and size_prior give
 FORMAT = 1  # of the bytes below
-MAX_CANDIDATES = 8
 MAX_SIDE = 30
 MAX_BYTES = 2**16  # of a preference, unpacked; the largest that is written has half of that
 TABLE = "CREATE TABLE prior (key BLOB PRIMARY KEY, value BLOB, checksum BLOB)"
@@ -66,7 +67,8 @@ def value_key(effort: str, demonstrations: Demonstrations, test_input: Grid, sha
 
 
 def encode_preference(preference: Preference) -> bytes:
-    """Return a preference as bytes: log-probabilities rounded to float16, the best MAX_CANDIDATES, weights float32."""
+    """Return a preference as bytes: log-probabilities rounded to float16, the best MAX_CANDIDATES with weights float32
+    and their misfits."""
     height, width, _ = preference.log_prob.shape
     kept = preference.candidates[:MAX_CANDIDATES]
     total = sum(weight for _, weight, _ in kept) or 1.0
@@ -74,6 +76,8 @@ def encode_preference(preference: Preference) -> bytes:
     for grid, weight, name in kept:
         label = name.encode()[:255]
         parts += [CANDIDATE.pack(weight / total, len(label)), label, grid.astype(np.uint8).tobytes()]
+    assert preference.misfits.shape == (len(kept), NUM_MISFITS), preference.misfits.shape
+    parts.append(preference.misfits.astype("<f2").tobytes())
     return zlib.compress(b"".join(parts), 6)
 
 
@@ -99,9 +103,11 @@ def decode_preference(data: bytes) -> Preference:
         place += length
         candidates.append((np.frombuffer(data, np.uint8, cells, place).reshape(height, width), weight, name))
         place += cells
-    if not np.isfinite(log_prob).all() or any(not 0 <= w <= 1.01 or grid.max() > 9 for grid, w, _ in candidates):
+    broken = np.frombuffer(data, "<f2", count * NUM_MISFITS, place).reshape(count, NUM_MISFITS).astype(np.float16)
+    are_candidates = all(0 <= weight <= 1.01 and grid.max() <= 9 for grid, weight, _ in candidates)
+    if not (are_candidates and np.isfinite(log_prob).all() and np.isfinite(broken).all()):
         raise ValueError("no preference")
-    return Preference(log_prob.astype(np.float32), confidence, candidates)
+    return Preference(log_prob.astype(np.float32), confidence, candidates, broken)
 
 
 def encode_sizes(sizes: Sequence[tuple[Shape, float]]) -> bytes:

@@ -766,6 +766,8 @@ def beside_prior_lines(scores: dict[str, float]) -> list[str]:
         "exact": "Exact beside the prior",
         "unsure_exact": "Exact where the prior is unsure",
         "two_exact": "Exact at two attempts",
+        "judged_exact": "Exact of the candidates, judged",
+        "judged_two_exact": "Exact of two candidates, judged",
     }
     ends = ("", "_of", "_prior", "_low", "_high")
     answered = ("at_once", "outputs", "at_once_exact", "at_once_planned")

@@ -224,13 +224,14 @@ class StepNumbers:
 
 @dataclass
 class StepResult(StepNumbers):
-    """What one step computed; only `total` and `policy.total` carry graphs."""
+    """What one step computed; only `total`, `policy.total` and `judge` carry graphs."""
 
     gain: Tensor | None  # [B] what the memory added to the potential; None when not scored
     move: Tensor | None  # [B, Dp] the refinement that worked best, 0 where none did; None when none was scored
     scene: Scene
     refined: Tensor  # [B, Dp]
     trajectory: Trajectory
+    judge: Tensor  # the judge's loss, which no other part learns from
     share: Share = WHOLE
 
 
@@ -262,7 +263,8 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
         progress=moment.progress,
         share=moment.share,
     )
-    return StepResult(terms.total, terms, policy, reward, gain, move, scene, refined, trajectory, moment.share)
+    judge = system.judge_loss(query, answer)
+    return StepResult(terms.total, terms, policy, reward, gain, move, scene, refined, trajectory, judge, moment.share)
 
 
 # 2. One update -------------------------------------------------------------------------------------------------------
@@ -294,7 +296,8 @@ def backpropagate(result: StepResult, system: ARCSystem, runtime: Runtime, share
     part; nor the policy's advantages, which each part divides by its own scale; nor L_reward where a sample has no
     finite reward. What several processes compute at once adds up for these as well.
     """
-    runtime.scaler.scale(result.total if share == 1 else share * result.total).backward()
+    total = result.total + result.judge
+    runtime.scaler.scale(total if share == 1 else share * total).backward()
     if result.policy is not None:
         system.policy.backward(result.policy, share)
 

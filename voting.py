@@ -30,7 +30,6 @@ from evaluate import Item, Plan, evaluation_mode, plan
 
 NUM_DIHEDRAL = 8
 UNPLANNED = -math.log(NUM_COLORS)  # log-probability of a cell on which a view did not plan
-PRIOR_CANDIDATES = 8  # of the prior's grids that take part
 VALIDATED_TOGETHER = 64  # inputs whose views are held at once
 
 
@@ -67,12 +66,14 @@ class Belief:
 
 @dataclass(frozen=True)
 class Ballot:
-    """All that is known of one input before the vote: the beliefs of its views, the prior's candidates (grid, weight)
-    best first, and whether the prior is confident enough to answer at once."""
+    """All that is known of one input before the vote: the beliefs of its views, the prior's candidates (grid,
+    probability) in the judge's order, whether the prior is confident enough to answer at once, and whether the judge
+    decides between candidates."""
 
     beliefs: tuple[Belief, ...]
     candidates: tuple[tuple[Grid, float], ...]
     confident: bool
+    judges: bool = True
 
 
 def collect_ballots(
@@ -110,10 +111,12 @@ def beliefs_of(made: Plan, contexts: Sequence[Context]) -> list[Belief]:
 
 def ballot_of(system: ARCSystem, context: Context, beliefs: Sequence[Belief]) -> Ballot:
     """Return the ballot of one context; the prior's candidates are those at its likeliest size."""
-    shape = system.prior.sizes(context)[0][0]
-    preference = system.prior.preference(context, shape)
-    candidates = tuple((grid, weight) for grid, weight, _ in preference.candidates[:PRIOR_CANDIDATES])
-    return Ballot(tuple(beliefs), candidates, preference.confidence >= system.config.agent.answer_confidence)
+    shape, least = system.prior.sizes(context)[0][0], system.config.agent.answer_confidence
+    grids, probabilities = system.judged(collate([context])[0].to(system.device), [shape], shape)
+    found = zip(grids[0].cpu().numpy().astype(np.uint8), probabilities[0].tolist(), strict=True)
+    candidates = tuple((grid, probability) for grid, probability in found if probability > 0)
+    confident = system.prior.preference(context, shape).confidence >= least
+    return Ballot(tuple(beliefs), candidates, confident, least <= 1)
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,12 @@ def vote(ballot: Ballot, agreement: Callable[[Sequence[Grid]], Sequence[float]])
     """Return the answers, all different and at least two, best first.
 
     Planned grids and the prior's candidates are ranked by the number of views, then by the summed log-likelihood, then
-    by `agreement`, which is asked for grids that are equal in both. The prior's best grid comes first where it is
-    confident, and second elsewhere.
+    by `agreement`, which is asked for grids that are equal in both. The best candidate comes first where the prior is
+    confident, and second elsewhere; and where the first of that ranking is a candidate itself, the judge's order of the
+    candidates goes before it.
     """
     planned = Counter(_key(belief.grid) for belief in ballot.beliefs)
-    weights = {_key(grid): weight for grid, weight in reversed(ballot.candidates)}
+    weights = {_key(grid): weight for grid, weight in ballot.candidates}
     keys = list(dict.fromkeys([*planned, *(_key(grid) for grid, _ in ballot.candidates)]))
     if len(keys) == 1:
         keys.append(_key(runner_up(ballot.beliefs[0])))
@@ -150,6 +154,9 @@ def vote(ballot: Ballot, agreement: Callable[[Sequence[Grid]], Sequence[float]])
         best = _key(ballot.candidates[0][0])
         first = next(verdict for verdict in ranked if _key(verdict.grid) == best)
         others = [verdict for verdict in ranked if verdict is not first]
+        if ballot.judges and _key(ranked[0].grid) in weights:
+            place = {key: number for number, key in enumerate(weights)}
+            return sorted(ranked, key=lambda verdict: place.get(_key(verdict.grid), len(place)))
         ranked = [first, *others] if ballot.confident or ranked[0] is first else [others[0], first, *others[1:]]
     return ranked
 

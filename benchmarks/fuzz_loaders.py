@@ -47,6 +47,7 @@ import numpy as np
 import torch
 
 import trainloop_complete_with_fixes as driver
+from answer_traits import NUM_MISFITS
 from answering import Seen, settings_of, task_count
 from arc_data import ArcTask, DataError, Pair, load_tasks
 from config import AnswerConfig, ConfigError, TrainConfig, from_dict, resume_config, to_dict
@@ -372,7 +373,8 @@ def _make_seeds(name: str, folder: Path) -> list[bytes]:
     assert name == "priors"
     store = PriorStore(str(folder), lambda line: None)
     grids = [(np.full((2, 3), 1, np.uint8), 0.5, "tile"), (np.full((2, 3), 2, np.uint8), 0.5, "fill")]
-    preference = encode_preference(Preference(np.full((2, 3, 10), -2.3, np.float32), 0.5, grids))
+    broken = np.zeros((len(grids), NUM_MISFITS), np.float16)
+    preference = encode_preference(Preference(np.full((2, 3, 10), -2.3, np.float32), 0.5, grids, broken))
     for i in range(3):
         store.put(bytes([i]) * 16, preference)
     store.close()

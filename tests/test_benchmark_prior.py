@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from answer_traits import NUM_MISFITS
 from arc_data import Context, load_tasks
 from demo_prior import Preference
 from prior_cache import PriorCache
@@ -20,7 +21,8 @@ SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "prior.py"
 def preference(*grids: np.ndarray) -> Preference:
     """Return a uniform preference with these candidates, named a, b, c."""
     log_prob = np.full((*grids[0].shape, 10), -np.log(10), np.float32)
-    return Preference(log_prob, 0.5, [(grid, 1 / len(grids), name) for grid, name in zip(grids, "abc", strict=False)])
+    candidates = [(grid, 1 / len(grids), name) for grid, name in zip(grids, "abc", strict=False)]
+    return Preference(log_prob, 0.5, candidates, np.zeros((len(candidates), NUM_MISFITS), np.float16))
 
 
 def grid(*rows: str) -> np.ndarray:

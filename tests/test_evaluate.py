@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from answer_traits import NUM_MISFITS
 from arc_data import PAD, Answer, Augmentation, Context, Query, collate, evaluation_batches, load_tasks, select_tasks
 from arc_data import test_contexts as test_items
 from arc_system import ARCSystem, Runtime, build_optimizers, choose_runtime
@@ -52,9 +53,11 @@ KEYS = {"outputs", "exact", "accuracy", "cells_true", "cells_predicted", "cells_
         "constant"}  # fmt: skip
 KEYS |= {f"{name}_{end}" for name in ("accuracy_delta", "refinement_nats") for end in ("low", "high")}
 ENDS = ("", "_of", "_prior", "_low", "_high")
-KEYS |= {name + end for name in ("exact", "unsure_exact", "two_exact") for end in ENDS}
+JUDGED = ("judged_exact", "judged_two_exact")
+KEYS |= {name + end for name in ("exact", "unsure_exact", "two_exact", *JUDGED) for end in ENDS}
 COUNTS = {"at_once", "at_once_exact", "at_once_planned"}
 COUNTS |= {name + end for name in ("exact", "unsure_exact", "two_exact") for end in ("", "_of", "_prior")}
+COUNTS |= set(JUDGED)
 ALL_AT_ONCE = 10**9
 NEVER = 2.0  # a confidence that no prior has
 
@@ -122,14 +125,31 @@ def predicted_grid(prediction, name="grid", b=0):
     return grid[:h, :w].numpy().astype(np.uint8)
 
 
-def reference_attempts(prior, context, planned, threshold):
-    """Return (first attempt, second attempt, the prior's candidates, whether it answers at once), grid by grid."""
-    preference = prior.preference(context, prior.sizes(context)[0][0])
-    grids = [grid for grid, _, _ in preference.candidates]
+def judged_by_hand(system, preference):
+    """Return the prior's candidates in the order of the judge's logits, written out."""
+    weight, place = (x.detach().numpy().astype(np.float64) for x in system.judge.parameters())
+    logits = []
+    for k, (broken, (_, share, _)) in enumerate(zip(preference.misfits.astype(np.float64), preference.candidates[:8],
+                                                    strict=True)):  # fmt: skip
+        a, b, c = (part.sum() for part in np.split(broken, 3))
+        more = [0.2 * a, 0.2 * b, 0.1 * c, math.log(share + 1e-6) / 5, preference.confidence if k == 0 else 0.0]
+        logits.append(np.concatenate((broken, more)) @ weight + place[k])
+    sure = preference.confidence >= system.config.agent.answer_confidence
+    order = sorted(range(len(logits)), key=lambda k: (not (sure and k == 0), -logits[k]))
+    return [preference.candidates[k][0] for k in order]
+
+
+def reference_attempts(system, context, planned, threshold):
+    """Return (first attempt, second attempt, the prior's candidates in its order and in the judge's, whether it answers
+    at once), grid by grid."""
+    preference = system.prior.preference(context, system.prior.sizes(context)[0][0])
+    grids, judged = [grid for grid, _, _ in preference.candidates], judged_by_hand(system, preference)
     at_once = preference.confidence >= threshold
-    ranked = [grids[0], planned, *grids[1:]] if at_once else [planned, *grids]
+    ranked = [judged[0], planned, *judged[1:]] if at_once else [planned, *judged]
+    if threshold <= 1 and any(np.array_equal(planned, grid) for grid in judged):
+        ranked = judged
     others = [g for g in ranked if not np.array_equal(g, ranked[0])]
-    return ranked[0], (others or ranked)[0], grids, at_once
+    return ranked[0], (others or ranked)[0], grids, judged, at_once
 
 
 def reference_potential(guess, answer, context, config):
@@ -155,7 +175,7 @@ def reference_validation(system, items):
         query, _ = collate([context])
         prediction = predict(system, query, RUNTIME)
         planned, unrefined = predicted_grid(prediction, "planned"), predicted_grid(prediction, "unrefined")
-        guess, second, grids, at_once = reference_attempts(system.prior, context, planned, threshold)
+        guess, second, grids, judged, at_once = reference_attempts(system, context, planned, threshold)
         right, prior_right = np.array_equal(guess, answer), np.array_equal(grids[0], answer)
         scene, size = system.observe(query), torch.tensor([answer.shape])
         reading, _ = system.read(query, scene, size, max(answer.shape))
@@ -173,6 +193,8 @@ def reference_validation(system, items):
                 "two_exact": right or np.array_equal(second, answer),
                 "two_exact_of": True,
                 "two_exact_prior": any(np.array_equal(grid, answer) for grid in grids[:2]),
+                "judged_exact": np.array_equal(judged[0], answer),
+                "judged_two_exact": any(np.array_equal(grid, answer) for grid in judged[:2]),
                 "at_once": at_once,
                 "at_once_exact": right and at_once,
                 "at_once_planned": at_once and np.array_equal(planned, answer),
@@ -209,7 +231,7 @@ def test_validation_equals_brute_force(trained, items):
         assert found[name] == pytest.approx(value, abs=1e-4), name
     assert isinstance(found["outputs"], int) and isinstance(found["exact"], int)
     assert 0 < found["at_once"] < len(items) and found["unsure_exact_of"] == len(items) - found["at_once"]
-    for name in ("exact", "unsure_exact", "two_exact"):
+    for name in ("exact", "unsure_exact", "two_exact", "judged_exact", "judged_two_exact"):
         assert found[f"{name}_low"] <= found[name] - found[f"{name}_prior"] <= found[f"{name}_high"], name
     assert sum(ticks) == found["outputs"] == len(items)
     assert found["accuracy"] == found["exact"] / found["outputs"]
@@ -409,7 +431,7 @@ def test_attempts_are_those_of_the_planner_and_of_the_prior_in_the_order_of_conf
     prediction = predict(system, collate(contexts)[0], RUNTIME)
     for b, context in enumerate(contexts):
         planned = predicted_grid(prediction, "planned", b)
-        first, second, _, at_once = reference_attempts(system.prior, context, planned, threshold)
+        first, second, *_, at_once = reference_attempts(system, context, planned, threshold)
         assert np.array_equal(predicted_grid(prediction, "grid", b), first)
         assert np.array_equal(predicted_grid(prediction, "second", b), second)
         assert not np.array_equal(first, second)
@@ -431,10 +453,12 @@ def test_confidence_changes_nothing_in_what_is_planned(items, trained):
 
 def test_two_attempts_by_hand():
     grids = {"a": ("12", "34"), "b": ("12", "35"), "c": ("12",), "-": ()}
-    cases = [  # planned, candidates, at once -> first, second
-        ("a", "bc", False, "ab"), ("a", "bc", True, "ba"), ("a", "ab", False, "ab"), ("a", "ab", True, "ab"),
-        ("a", "cb", False, "ac"), ("c", "cb", False, "cb"), ("c", "c-", False, "cc"), ("c", "c-", True, "cc"),
-        ("b", "c-", True, "cb"), ("b", "--", False, "bb"),
+    cases = [  # planned, candidates, at once -> first, second with a judge, and without
+        ("a", "bc", False, "ab", "ab"), ("a", "bc", True, "ba", "ba"), ("a", "ab", False, "ab", "ab"),
+        ("a", "ab", True, "ab", "ab"), ("a", "cb", False, "ac", "ac"), ("c", "cb", False, "cb", "cb"),
+        ("c", "c-", False, "cc", "cc"), ("c", "c-", True, "cc", "cc"), ("b", "c-", True, "cb", "cb"),
+        ("b", "--", False, "bb", "bb"), ("a", "ba", False, "ba", "ab"), ("a", "bca", False, "bc", "ab"),
+        ("a", "bca", True, "bc", "ba"),
     ]  # fmt: skip
 
     def canvas(names):
@@ -442,10 +466,11 @@ def test_two_attempts_by_hand():
         return stacked([grid(*grids[name]) if grids[name] else empty for name in names], 3)
 
     planned = canvas([case[0] for case in cases])
-    candidates = torch.stack([canvas([case[1][k] for case in cases]) for k in (0, 1)], 1)
-    first, second = two_attempts(planned, candidates, torch.tensor([case[2] for case in cases]))
-    assert torch.equal(first, canvas([case[3][0] for case in cases]))
-    assert torch.equal(second, canvas([case[3][1] for case in cases]))
+    candidates = torch.stack([canvas([case[1].ljust(3, "-")[k] for case in cases]) for k in range(3)], 1)
+    for judges, place in ((True, 3), (False, 4)):
+        first, second = two_attempts(planned, candidates, torch.tensor([case[2] for case in cases]), judges)
+        assert torch.equal(first, canvas([case[place][0] for case in cases]))
+        assert torch.equal(second, canvas([case[place][1] for case in cases]))
 
 
 def test_prediction_turns_with_the_task(items):
@@ -507,7 +532,7 @@ def test_judge_equals_brute_force(own_side, side):
         guesses, unrefined, answers = zip(*(random_case(rng, k % 4) for k in range(batch)), strict=True)
         steps = torch.from_numpy(rng.integers(1, 5, batch))
         shown, plain = stacked(guesses, own_side), stacked(unrefined, own_side)
-        prediction = Prediction(shown, None, plain, None, None, None, steps, None, None, None)
+        prediction = Prediction(shown, None, plain, None, None, None, None, steps, None, None, None)
         judge(tally, prediction, Answer(stacked(answers, side), sizes_of(answers)))
         for guess, plain, answer in zip(guesses, unrefined, answers, strict=True):
             expected["size"].append(guess.shape == answer.shape)
@@ -715,7 +740,7 @@ def test_judge_habits_counts_copies_and_answers_of_one_colour():
     inputs, answers, guesses = zip(*cases, strict=True)
     query, answer = collate([Context("t", "test:0", demos, seen) for seen in inputs], answers)
     tally, nothing = Tally(), torch.zeros(len(cases))
-    judge_habits(tally, Prediction(stacked(guesses, 9), *[None] * 4, nothing, nothing, None, None, None), query, answer)
+    judge_habits(tally, Prediction(stacked(guesses, 9), *[None] * 5, nothing, nothing, None, None, None), query, answer)
     assert tally.sum("copied") == 2 and tally.values("copied").size == 4
     assert tally.sum("constant") == 2 and tally.values("constant").size == 6
 
@@ -767,7 +792,8 @@ class FixedPrior(PriorCache):
     def _preference(self, context, shape):
         confidence, grids = self.answers[context.task_id]
         inside = [(grid, 1 / len(grids), f"candidate {k}") for k, grid in enumerate(grids) if grid.shape == shape]
-        return Preference(np.full((*shape, 10), -math.log(10), np.float32), confidence, inside)
+        broken = np.zeros((len(inside), NUM_MISFITS), np.float16)
+        return Preference(np.full((*shape, 10), -math.log(10), np.float32), confidence, inside, broken)
 
 
 def test_validation_counts_confident_unsure_and_second_attempts_by_hand(monkeypatch):

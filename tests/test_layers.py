@@ -19,6 +19,7 @@ LAYERS = {
     "intervals": 0,
     "page_style": 0,
     "session_time": 0,
+    "answer_traits": 0,
     "distributed": 1,
     "terminal": 0,
     "arc_data": 0,
@@ -74,6 +75,7 @@ WITHIN_LAYER = {
     ("cell_features", "grid_hypotheses"),
     ("task_rewrites", "grid_hypotheses"),
     ("task_features", "grid_hypotheses"),
+    ("answer_traits", "grid_hypotheses"),
     ("task_features", "size_hypotheses"),
     ("prior_store", "demo_prior"),
     ("prior_cache", "demo_prior"),
@@ -181,7 +183,7 @@ def test_light_modules_import_the_standard_library_and_config_only(module, lazil
 
 def test_prior_store_imports_only_what_a_worker_process_needs():
     ours = {package(name) for name, _ in imports("prior_store")} - sys.stdlib_module_names
-    assert ours == {"numpy", "demo_prior"}
+    assert ours == {"numpy", "demo_prior", "answer_traits"}
 
 
 def test_light_modules_load_without_torch_and_numpy():
@@ -200,7 +202,7 @@ def test_no_module_uses_the_deprecated_cuda_amp(module):
             assert not ast.unparse(node).startswith("torch.cuda.amp"), f"line {node.lineno}"
 
 
-PRIOR_MODULES = ("grid_hypotheses", "part_hypotheses", "motion_hypotheses", "size_hypotheses",
+PRIOR_MODULES = ("answer_traits", "grid_hypotheses", "part_hypotheses", "motion_hypotheses", "size_hypotheses",
                  "cell_features", "expert_tree", "task_rewrites", "task_features", "demo_prior")  # fmt: skip
 
 

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 import prior_store
-from demo_prior import Preference, demo_prior, size_prior
+from answer_traits import NUM_MISFITS
+from demo_prior import NO_MISFITS, Preference, demo_prior, size_prior
 from prior_store import (
     PriorStore,
     Work,
@@ -121,16 +122,20 @@ def test_decoded_preference_is_normalised_near_the_original_and_the_same_each_ti
     assert [name for *_, name in loaded.candidates] == [name for *_, name in plain.candidates]
     for (a, w, _), (b, v, _) in zip(loaded.candidates, plain.candidates, strict=True):
         assert a.dtype == np.uint8 and np.array_equal(a, b) and w == pytest.approx(v, abs=1e-6)
+    assert np.array_equal(loaded.misfits, plain.misfits) and loaded.misfits.shape[0] == len(loaded.candidates)
     assert encode_preference(demo_prior(shown, x, (5, 7))) == data
 
 
 def test_only_the_best_candidates_are_kept_and_their_weights_sum_to_one():
     log_prob = np.full((1, 2, 10), -np.log(10), np.float32)
     many = [(np.full((1, 2), k % 10, np.uint8), 1 / 12, f"name {k}") for k in range(12)]
-    kept = decode_preference(encode_preference(Preference(log_prob, 0.25, many))).candidates
+    broken = np.arange(8)[:, None] * np.ones((8, NUM_MISFITS), np.float16)
+    loaded = decode_preference(encode_preference(Preference(log_prob, 0.25, many, broken)))
+    kept = loaded.candidates
+    assert np.array_equal(loaded.misfits, broken) and loaded.misfits.dtype == np.float16
     assert [name for *_, name in kept] == [f"name {k}" for k in range(8)]
     assert sum(weight for _, weight, _ in kept) == pytest.approx(1) and (kept[3][0] == 3).all()
-    none = decode_preference(encode_preference(Preference(log_prob, 0.25, [])))
+    none = decode_preference(encode_preference(Preference(log_prob, 0.25, [], NO_MISFITS)))
     assert none.candidates == [] and none.confidence == 0.25
 
 

@@ -38,7 +38,7 @@ from config import (
     resume_config,
     to_dict,
 )
-from demo_prior import Preference
+from demo_prior import NO_MISFITS, Preference
 from model_persistence import (
     FORMAT,
     CheckpointStore,
@@ -885,7 +885,7 @@ def test_facts_of_another_kind_are_named(tmp_path, facts):
 
 
 def test_a_prior_that_unpacks_to_much_or_to_nothing_is_unreadable():
-    good = encode_preference(Preference(np.full((2, 2, 10), -2.3, np.float32), 0.5, []))
+    good = encode_preference(Preference(np.full((2, 2, 10), -2.3, np.float32), 0.5, [], NO_MISFITS))
     assert decode_preference(good).confidence == 0.5
     for data in (zlib.compress(bytes(10**8)), b"", good[:-3], zlib.compress(b"\x1f\x1f\0" + bytes(20)), b"x" * 50):
         with pytest.raises(UNREADABLE):
@@ -914,7 +914,7 @@ def test_a_cached_prior_that_is_none_is_computed_again(tmp_path, tasks):
         cache.open_disk(str(tmp_path), len)
     wanted = caches[0].preference(context, shape)
     key = value_key(caches[0].effort, context.demonstrations, context.input, shape)
-    for junk in (b"x" * 50, encode_preference(Preference(np.full((1, 30, 10), -2.3, np.float32), 0.5, []))):
+    for junk in (b"x" * 50, encode_preference(Preference(np.full((1, 30, 10), -2.3, np.float32), 0.5, [], NO_MISFITS))):
         caches[0].store.forget(key)
         caches[0].store.put(key, junk)
         caches[0].store.flush()

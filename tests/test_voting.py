@@ -64,12 +64,20 @@ def test_of_grids_equal_in_both_the_one_that_leads_back_to_the_input_wins():
     assert grids_of(ballot, lambda grids: [-float(grid[0, 0]) for grid in grids]) == [1, 2]
 
 
-def test_the_priors_best_grid_is_second_and_first_where_it_is_confident():
+def test_the_best_candidate_is_second_and_first_where_the_prior_is_confident():
     beliefs = (belief(A), belief(A), belief(B))
-    candidates = ((C, 0.7), (A, 0.3))
-    assert grids_of(Ballot(beliefs, candidates, False)) == [1, 3, 2]
-    assert grids_of(Ballot(beliefs, candidates, True)) == [3, 1, 2]
-    assert grids_of(Ballot(beliefs, ((A, 0.7), (C, 0.3)), True)) == [1, 2, 3]
+    for candidates in (((C, 0.7), (A, 0.3)), ((C, 1.0),)):
+        judges = len(candidates) == 1  # of a planned grid that is no candidate a judge knows nothing
+        assert grids_of(Ballot(beliefs, candidates, False, judges)) == [1, 3, 2]
+        assert grids_of(Ballot(beliefs, candidates, True, judges)) == [3, 1, 2]
+    assert grids_of(Ballot(beliefs, ((A, 0.7), (C, 0.3)), True, False)) == [1, 2, 3]
+
+
+def test_where_the_winner_is_a_candidate_the_judge_orders_them_all():
+    beliefs = (belief(A), belief(A), belief(B))
+    assert grids_of(Ballot(beliefs, ((C, 0.7), (A, 0.3)), False)) == [3, 1, 2]
+    assert grids_of(Ballot(beliefs, ((C, 0.7), (A, 0.3)), True)) == [3, 1, 2]
+    assert grids_of(Ballot(beliefs, ((C, 0.5), (B, 0.3), (A, 0.2)), False)) == [3, 2, 1]
 
 
 def test_probabilities_are_shares_of_votes_or_the_priors_weight():
