@@ -7,18 +7,23 @@ column `flag` a column `default` holds the default of that setting.
 from __future__ import annotations
 
 import ast
+import csv
 import dataclasses
 import functools
 import importlib
+import json
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.run import get_args_parser
 
+import trainloop_complete_with_fixes as driver
 from config import (
     VERBS,
     ConfigError,
@@ -29,12 +34,14 @@ from config import (
     flag_of,
     parse_command_line,
 )
+from health import RULES
 from loss_function import TERM_NAMES, term_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = "trainloop_complete_with_fixes.py"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROVED = ("EFE_LOSS_INTEGRATION.md", "ALL_7_FIXES_EXPLAINED.md", "AGENT_INTERFACE_FIX.md")
+PROVED = ("EFE_LOSS_INTEGRATION.md", "ALL_7_FIXES_EXPLAINED.md", "AGENT_INTERFACE_FIX.md", "COLAB_RUNTIME_FIXES.md",
+          "COMPLETE_SOLUTION_SUMMARY.md", "METRICS.md", "TRANSCRIPTS.md")  # fmt: skip
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 
@@ -245,6 +252,72 @@ def test_weights_in_the_document_are_those_of_the_code():
         if name.startswith("e = "):
             weights = term_weights(LossConfig(), float(name.removeprefix("e = ")))
             assert {row[0]: float(row[column]) for row in rows} == pytest.approx(weights), name
+
+
+def metric_names(section: str, *, in_trouble: bool = False) -> set[str]:
+    """Return the names in the `metric` column below a heading of METRICS.md that begins so.
+
+    With in_trouble only those that a loss scaler, a skipped step, a flag or a rollback writes, without it the others.
+    """
+    text = (ROOT / "docs" / "METRICS.md").read_text()
+    names: set[str] = set()
+    for header, rows in tables(re.split(r"^## ", text.split(f"## {section}")[1], flags=re.MULTILINE)[0]):
+        for row in rows if header[0] == "metric" else ():
+            troubled = row[1] in ("with a loss scaler (fp16)", "if a step was skipped", "flag", "rollback")
+            names |= set(re.findall(r"`(\w+)`", row[0])) if troubled == in_trouble else set()
+    return names
+
+
+def records(path: Path, event: str) -> list[dict[str, Any]]:
+    """Return the records of one kind in a run's metrics.jsonl."""
+    lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+    return [record for record in lines if record["event"] == event]
+
+
+def test_metrics_of_a_run_are_those_of_the_document(reference):
+    batches, epochs = records(reference.path, "batch"), records(reference.path, "epoch")
+    assert len(batches) == 8 and len(epochs) == 2
+    assert all(record.keys() == metric_names("Of a batch") for record in batches)
+    common, validated = metric_names("Of an epoch"), metric_names("Of a validation")
+    of_log = (common | validated | metric_names("Of the baselines")) - {"train_seconds"}
+    assert all(record.keys() == of_log for record in epochs)
+    table = list(csv.DictReader((reference.path / "epochs.csv").open()))
+    assert all(row.keys() == (common | validated) - {"t", "event"} for row in table) and len(table) == 2
+
+
+def test_metrics_of_trouble_are_those_of_the_document(build):
+    run = build()
+    driver.save(run)
+    run.state.step += 1  # what is saved from here on leaves that checkpoint to go back to
+    run.runtime.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    update = driver.Update(False, float("nan"), torch.zeros(()), None)
+    bad = SimpleNamespace(terms=SimpleNamespace(terms={"risk": torch.tensor(float("nan"))}))
+    driver.count_step(run, driver.Step((), torch.zeros(()), bad, update, 0))
+    driver.log_batch(run, update)  # which raises LOSS_NAN
+    driver.finish_epoch(run, None)
+    (batch,), (epoch,), (flag, *_) = (records(run.folder.path, event) for event in ("batch", "epoch", "flag"))
+    run.runtime.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    driver.roll_back(run, driver.TrainingDiverged("test"))
+    (rollback,) = records(run.folder.path, "rollback")
+    assert metric_names("Of a batch", in_trouble=True) == {"scale"} and "scale" in batch
+    assert metric_names("Of an epoch", in_trouble=True) == {"skipped", "nonfinite"} <= epoch.keys()
+    place = {"t", "event", "epoch", "batch", "step"}
+    assert metric_names("Of flags", in_trouble=True) == (flag.keys() | rollback.keys()) - place
+
+
+def test_lines_of_the_summary_are_those_of_the_document(reference):
+    block = reference.printed.split("Epoch 0 Summary:\n")[1].split("\n[")[0]
+    printed = [line.strip().split(":")[0] for line in block.splitlines() if line.startswith("  ")]
+    (listed,) = ([row[0] for row in rows] for header, rows in tables((ROOT / "docs" / "METRICS.md").read_text())
+                 if header[0] == "line")  # fmt: skip
+    assert listed == printed
+
+
+def test_flags_of_the_document_are_the_rules():
+    (found,) = (rows for header, rows in tables((ROOT / "docs" / "METRICS.md").read_text())
+                if header == ["flag", "raised when", "what to do"])  # fmt: skip
+    lasting = {name: f"; for {rule.lasting} batches" if rule.lasting else "" for name, rule in RULES.items()}
+    assert found == [[f"`{name}`", rule.problem + lasting[name], rule.advice] for name, rule in RULES.items()]
 
 
 def takers_of_an_answer(node: ast.AST, prefix: str) -> Iterator[str]:
