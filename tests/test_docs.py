@@ -254,6 +254,12 @@ def test_weights_in_the_document_are_those_of_the_code():
             assert {row[0]: float(row[column]) for row in rows} == pytest.approx(weights), name
 
 
+def test_figure_names_files_that_exist():
+    named = re.findall(r'class="file"[^>]*>([\w.]+)<', (ROOT / "docs" / "data_flow.svg").read_text())
+    listed = set(re.findall(r"^\| `(\w+\.py)` \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert len(named) == 8 and set(named) <= listed
+
+
 def metric_names(section: str, *, in_trouble: bool = False) -> set[str]:
     """Return the names in the `metric` column below a heading of METRICS.md that begins so.
 
