@@ -47,6 +47,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +178,15 @@ from solver2 import Candidates
 
 SMALLER_BATCHES = "--resume with a smaller --batch-cells, or in one process, which goes on with smaller parts"
 MAX_BAD_STEPS = 20
+TIMED_BATCHES = 30  # after which the length of the run is told
 MAX_ROLLBACKS = 3
 MAX_PAGE_SECONDS = 2.0  # a page that takes longer is written at the end of a session only
 PAGE_SHARE = 0.05  # of the time that pages may take
 EPOCHS_AHEAD = 20  # epochs whose batches are looked at before training when --max-batches leaves some out
+
+
+class ValidationStopped(Exception):
+    """A signal came while the run was validated; a resume validates anew."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -646,6 +652,7 @@ class Run:
     saves: bool = False  # and to save after it
     health: Health = field(default_factory=Health)
     baselines: dict[str, float | str] | None = None
+    is_timed: bool = False  # whether this session has said how long the run will take
     page_seconds: float = 0.0  # of computing that the last report.html took
     page_written: float = 0.0  # when
     started: float = field(default_factory=time.monotonic)
@@ -767,7 +774,10 @@ def train_epochs(run: Run) -> int | None:
             return code
         last = epoch + 1 == config.run.epochs
         if not state.validated:
-            scores = run_validation(run) if due(epoch + 1, config.run.eval_every, last) else None
+            try:
+                scores = run_validation(run) if due(epoch + 1, config.run.eval_every, last) else None
+            except ValidationStopped:
+                return end_session(run)
             finish_epoch(run, scores)
     return None
 
@@ -810,6 +820,7 @@ def train_epoch(run: Run, epoch: int) -> int | None:
     total = run.batches(epoch)
     run.system.train()
     bar = run.console.progress(total, f"Epoch {epoch} (All Fixes)", initial=state.batch)
+    entered, taken = time.monotonic(), TIMED_BATCHES if run.is_timed else 0
     while state.batch < total:
         began = time.monotonic()
         rl_every = config.policy.rl_every
@@ -824,6 +835,9 @@ def train_epoch(run: Run, epoch: int) -> int | None:
         state.batch, state.step = state.batch + 1, state.step + 1
         state.epoch_seconds += time.monotonic() - began
         bar.update()
+        taken += 1
+        if taken == TIMED_BATCHES:
+            tell_time(run, (time.monotonic() - entered) / taken, total)
         if logs:
             log_batch(run, step.update)
         stopping = run.is_ending()
@@ -834,6 +848,16 @@ def train_epoch(run: Run, epoch: int) -> int | None:
             return end_session(run)
     bar.close()
     return None
+
+
+def tell_time(run: Run, seconds: float, total: int) -> None:
+    """Say once a session how long an epoch of `total` batches and what is left of the run are going to train."""
+    state, epochs = run.state, run.config.run.epochs
+    run.is_timed = True
+    left = total - state.batch + total * (epochs - 1 - state.epoch)
+    whole, rest = duration(seconds * total), duration(seconds * left)
+    run.console.say(banner_line("time", f"{seconds:.2f} s per batch: {whole} per epoch, about {rest} left, without"
+                                        " validation"))  # fmt: skip
 
 
 def count_step(run: Run, step: Step) -> None:
@@ -945,15 +969,20 @@ def tell_health(run: Run, changes: list[Change]) -> None:
 
 
 def run_validation(run: Run) -> dict[str, float]:
-    """Return the scores of the averaged weights on the unseen test pairs, beside the baselines."""
+    """Return the scores of the averaged weights on the unseen test pairs, beside the baselines.
+
+    Raises: ValidationStopped when a signal comes.
+    """
     began = time.monotonic()
     if run.baselines is None:
         run.baselines = run.world.first(lambda: baselines(run.items, run.system.prior))
     bar = run.console.progress(-(-len(run.items) // run.world.size), "Validation", leave=False, unit="pair")
     gallery = Gallery(run.items, run.system.memory, run.sampler.tasks)
-    with run.average.swapped():
-        scores = validate_within_memory(run, bar, gallery)
-    bar.close()
+    try:
+        with run.average.swapped():
+            scores = validate_within_memory(run, bar, gallery)
+    finally:
+        bar.close()
     run.note("predictions", lambda: gallery.write(run.folder.path, run.state.epoch, run.state.step))
     return {**scores, "seconds": time.monotonic() - began}
 
@@ -961,13 +990,20 @@ def run_validation(run: Run) -> dict[str, float]:
 def validate_within_memory(run: Run, bar: Any, gallery: Gallery) -> dict[str, float]:
     """Return the scores of the weights as they are; while the memory does not suffice, begin anew with half the cells.
 
-    Raises: OutOfMemory when batches of one pair do not fit, and at once with several processes.
+    Raises: OutOfMemory when batches of one pair do not fit, and at once with several processes; ValidationStopped
+    after a signal, but not with several processes, which would have to stop together.
     """
+
+    def tick(done: int) -> None:
+        bar.update(done)
+        if run.stop.signal is not None and run.world.size == 1:
+            raise ValidationStopped
+
     while True:
         rung = run.state.rung
         cells = max(run.config.data.batch_cells * 2 // rung.validation_parts, 1)
         try:
-            return validate(run.system, run.runtime, run.items, cells, bar.update, run.world, gallery)
+            return validate(run.system, run.runtime, run.items, cells, tick, run.world, gallery)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -1367,6 +1403,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 def build_run(command: CommandLine, console: Console, chosen: RunChoice | None, world: World = ALONE) -> Run:
     """Return the run that the command line asks for: `chosen` is the run to resume, None for a new one."""
     setup = world.together(lambda: set_up(command, console, chosen, world), exit_code)
+    if command.dry_run:  # in a folder of its own, which `start` deletes, so that no command takes it for a run
+        hidden = Path(setup.config.run.out) / f".dry-run-{os.getpid()}"
+        config = with_values(setup.config, {"run.out": str(hidden), "run.backup": ""})
+        setup = dataclasses.replace(setup, config=config)
     path = world.first(lambda: run_folder(setup, chosen), exit_code)
     run_id = path.name if chosen is None else chosen.run_id
     return world.together(lambda: open_run(setup, path, run_id, console, world), exit_code)
@@ -1539,6 +1579,8 @@ def start(command: CommandLine, console: Console, world: World = ALONE) -> int:
         return run_session(run, command, resumed_at)
     finally:
         run.close()
+        if command.dry_run and world.is_first:
+            shutil.rmtree(run.config.run.out)
 
 
 def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
@@ -1570,6 +1612,9 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
     if run.world.is_first and folder.read_status()["status"] == "finished":
         took = duration(time.monotonic() - began)
         console.say(f"done in {took}. Best weights: {folder.best}; report: {folder.path / 'report.html'}")
+        if command.smoke:
+            for word, flags in (("next", "--epochs 20 --device cuda"), ("no GPU", "--epochs 1")):
+                console.say(banner_line(word, f"python {Path(__file__).name} {flags}"))
     return code
 
 
@@ -1606,7 +1651,11 @@ def resume_from_checkpoint(run: Run, chosen: RunChoice) -> str:
                           f"--epochs {state.epoch + 1} or more")  # fmt: skip
     adapt(run, from_dict(TrainConfig, checkpoint.payload["config"]))
     where = f"epoch {state.epoch}, batch {state.batch}/{run.batches(state.epoch)}"
-    run.console.say(banner_line("resume", f"{run.folder.name}, {where}, from {checkpoint.path.name}"))
+    saved = f"{datetime.fromtimestamp(checkpoint.saved_at):%Y-%m-%d %H:%M:%S}"
+    run.console.say(banner_line("resume", f"{run.folder.name}, {where}, from {checkpoint.path.name} of {saved}"))
+    if state.best:
+        exact = f"{state.best['exact']:.0f} of {len(run.items)} exact"
+        run.console.say(banner_line("best", f"{exact} after epoch {state.best['epoch']:.0f}"))
     return where
 
 
@@ -1660,15 +1709,14 @@ def go_on_from_rung(run: Run, before: str, now: str) -> None:
 
 
 def dry_run(run: Run) -> int:
-    """Run one batch and one save, to see that everything works; return 0."""
+    """Run one batch and one save, to see that everything works; return 0, 1 when the step was not taken."""
     done = take_step(run, 0, 0, Moment(0, 0.0, bool(run.config.policy.rl_every)), watch_qwen=True)
     save(run)
     run.saver.wait()
     require_saved(run)
-    run.folder.set_status("finished")
     loss, step = float(done.numbers.total.detach()), "taken" if done.update.taken else "skipped"
-    run.console.say(f"dry run: one batch (loss {loss:.3f}, step {step}) and one save"
-                    f" ({run.store.path(run.state.step)}) work")  # fmt: skip
+    size = file_size(run.store.path(run.state.step).stat().st_size) if run.world.is_first else ""
+    run.console.say(f"dry run: one batch (loss {loss:.3f}, step {step}) and one save ({size}) work; nothing is kept")
     return 0 if done.update.taken else 1
 
 

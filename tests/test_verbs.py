@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +134,11 @@ def test_an_interrupted_submit_goes_on_where_it_was(answer, unseen, tmp_path, mo
     monkeypatch.setattr(verbs.Session, "is_over", lambda self: next(asked))
     monkeypatch.setattr(verbs, "prepare_priors", lambda *_: None)
     assert answer("submit", "--data", "c.json", *QUICK, "--out", "parts") == 0  # paused
-    assert not (tmp_path / "parts" / "submission.json").exists() and "1 of 3 tasks done" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert not (tmp_path / "parts" / "submission.json").exists() and "1 of 3 tasks done" in said
+    assert "data      3 tasks, 4 test inputs\n" in said
+    typed = shlex.join(["submit", "--data", "c.json", *QUICK, "--out", "parts"])
+    assert f"continue  python trainloop_complete_with_fixes.py {typed} --weights " in said
     monkeypatch.setattr(verbs.Session, "is_over", over)
     solved: list[str] = []
     solve = Solver._solve
