@@ -18,7 +18,18 @@ from typing import Any
 
 import report_command
 from answering import Attempts, Partial, Progress, Solved, Solver, Trust, attempts_of, fallback
-from arc_data import ArcTask, DataError, Pair, data_hash, load_json, load_tasks, parse_grid, parse_task, select_tasks
+from arc_data import (
+    ArcTask,
+    DataError,
+    Pair,
+    data_hash,
+    load_json,
+    load_tasks,
+    parse_grid,
+    parse_task,
+    require_answers,
+    select_tasks,
+)
 from config import PROGRAM, AnswerCommand, ConfigError, one_line
 from model_persistence import StopFlag
 from page_parts import counted
@@ -129,6 +140,7 @@ def evaluate_run(command: AnswerCommand, console: Console) -> int:
     check_writable(command.config.out)
     solver = open_solver(command, console)
     name, tasks, allowed = scored_tasks(command, solver)
+    require_answers(tasks)  # before an hour is spent on tasks that nobody can score
     comparison = compare(tasks, solver.seen.pairs)
     require_unseen(comparison, name, allowed)
     out = Path(command.config.out)

@@ -14,6 +14,8 @@ import importlib
 import json
 import re
 import shlex
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,7 +67,7 @@ def commands(text: str) -> list[list[str]]:
     found = []
     for code in [*spans(text), *code_lines(text)]:
         for part in re.split(r"&&|\|", code):
-            call = re.match(r"!?(?:\w+=\S+ )*(?:python|torchrun(?: --\S+(?: \d+)?)*) ([\w./-].*)", part.strip())
+            call = re.match(r"(?:!|\$ )?(?:\w+=\S+ )*(?:python|torchrun(?: --\S+(?: \d+)?)*) ([\w./-].*)", part.strip())
             if call:
                 found.append(shlex.split(call[1].replace("[", " ").replace("]", " ")))
     return found
@@ -257,7 +259,7 @@ def test_weights_in_the_document_are_those_of_the_code():
 def test_figure_names_files_that_exist():
     named = re.findall(r'class="file"[^>]*>([\w.]+)<', (ROOT / "docs" / "data_flow.svg").read_text())
     listed = set(re.findall(r"^\| `(\w+\.py)` \|", (ROOT / "README.md").read_text(), re.MULTILINE))
-    assert len(named) == 8 and set(named) <= listed
+    assert len(named) == 9 and set(named) <= listed
 
 
 def metric_names(section: str, *, in_trouble: bool = False) -> set[str]:
@@ -324,6 +326,79 @@ def test_flags_of_the_document_are_the_rules():
                 if header == ["flag", "raised when", "what to do"])  # fmt: skip
     lasting = {name: f"; for {rule.lasting} batches" if rule.lasting else "" for name, rule in RULES.items()}
     assert found == [[f"`{name}`", rule.problem + lasting[name], rule.advice] for name, rule in RULES.items()]
+
+
+# What the screen shows ------------------------------------------------------------------------------------------------
+
+MASKS = (
+    (r"^(Setting pad_token_id|priors    |note: |  flag |curves ).*", ""),  # said only where there is reason to
+    (r"^(settings |  Prior's answers by:).*", r"\1"),
+    (r"^[\d ]+$", "GRID"),
+    (r"\S*runs/[\w-]+|\barc_complete_\w+|\bdemo\b", "RUN"),
+    (r"^data      \S+ [0-9a-f]{7},", "data      TASKS,"),
+    (r"torch \S+|Python \S+", "VERSION"),
+    (r"refine \w+", "refine HOW"),
+    (r"[-+]?\d+(?:[.,:]\d+)*(?:e[-+]?\d+)?", "#"),
+    (r"# min # s|# h # min|# min|# s\b", "TIME"),
+    (r"# [kM]?B\b", "SIZE"),
+    (r" {2,}", "  "),
+)
+
+
+def shape(text: str) -> list[str]:
+    """Return the different lines of a text in their order, with numbers, names, paths and times masked."""
+    lines = []
+    for line in text.splitlines():
+        for pattern, masked in MASKS:
+            line = re.sub(pattern, masked, line)
+        if line.strip() not in ("", "..."):
+            lines.append(line.rstrip())
+    return list(dict.fromkeys(lines))
+
+
+def transcript(heading: str) -> list[str]:
+    """Return the shape of what stands below a heading of TRANSCRIPTS.md, without the command."""
+    text = (ROOT / "docs" / "TRANSCRIPTS.md").read_text().split(f"## {heading}\n")[1]
+    return shape(re.search(r"^```text\n\$ [^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1])
+
+
+def test_transcript_of_a_run_has_the_lines_that_the_program_prints(reference):
+    *lines, following, without_gpu = transcript("On a laptop")
+    assert lines == shape(reference.printed)
+    assert (following.split()[0], without_gpu.split()[:2]) == ("next", ["no", "GPU"])  # see the test of --smoke
+
+
+def test_transcript_of_a_stop_and_a_resume_has_the_lines_that_the_program_prints(
+    reference, drive, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(reference.path.parent, tmp_path / "runs")
+    step = driver.train_step
+    monkeypatch.setattr(driver, "train_step", lambda *a: signal.raise_signal(signal.SIGINT) or step(*a))
+    monkeypatch.setattr(driver, "TIMED_BATCHES", 1)
+    assert drive("--resume", "--epochs", "3", "--log-every", "1") == 130
+    said = capsys.readouterr()
+    printed = shape(said.out + said.err)
+    stopped, resumed = transcript("The stop button, Ctrl-C"), transcript("Going on")
+    assert set(printed) == {*stopped, *resumed}
+    assert [line for line in printed if line in resumed] == resumed
+    assert shape(said.out)[-2:] == stopped[-2:]
+
+
+def test_transcripts_of_the_other_commands_have_the_lines_that_the_program_prints(
+    reference, drive, tmp_path, capsys
+):
+    shutil.copytree(reference.path.parent, tmp_path / "runs")
+    row = {"input": [[1, 0], [0, 2]], "output": [[0, 1], [2, 0]]}
+    task = {"train": [row, row, row], "test": [{"input": [[7, 0], [0, 8]]}]}
+    Path("my_task.json").write_text(json.dumps(task))
+    Path("challenges.json").write_text(json.dumps({"one": task, "two": task}))
+    for heading, command in (
+        ("Looking at the results", ["report"]),
+        ("A task of your own", ["predict", "my_task.json", "--views", "2", "--device", "cpu", "--refine", "none"]),
+        ("submission.json", ["submit", "--data", "challenges.json", "--views", "2", "--device", "cpu"]),
+    ):
+        assert drive(*command) == 0
+        assert shape(capsys.readouterr().out) == transcript(heading), heading
 
 
 def takers_of_an_answer(node: ast.AST, prefix: str) -> Iterator[str]:
