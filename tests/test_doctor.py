@@ -148,7 +148,7 @@ def test_health_flags_that_are_raised_are_told_with_their_advice(examine, refere
     run = shutil.copytree(reference.path, tmp_path / "runs" / "demo")
     status = json.loads((run / "run.json").read_text())
     flags = {"COPYING": {"raised": True, "problem": "it copies", "advice": "train longer"},
-             "MEM_IDLE": {"raised": False, "problem": "over", "advice": "none"}, "OLD": "another version's"}  # fmt: skip
+             "MEM_IDLE": {"raised": False, "problem": "over", "advice": "-"}, "OLD": "from elsewhere"}  # fmt: skip
     (run / "run.json").write_text(json.dumps({**status, "flags": flags}))
     code, lines = examine("demo", only=["runs"])
     place = lines.index("note  runs      health flag COPYING: it copies")
