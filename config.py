@@ -16,6 +16,7 @@ import math
 import os
 import re
 import reprlib
+import shlex
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -808,7 +809,7 @@ class CommandLine:
 class AnswerCommand:
     """What the user typed after eval, predict, submit or report.
 
-    sources: the files and folders to predict, or the runs to report on.
+    sources: the files and folders to predict, or the runs to report on; typed: all of it, to be typed again.
     """
 
     verb: str
@@ -817,6 +818,7 @@ class AnswerCommand:
     sources: tuple[str, ...] = ()
     check: str = ""  # a submission to check instead of writing one
     json: bool = False
+    typed: str = ""
     quiet: bool = False
     debug: bool = False
 
@@ -931,7 +933,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="take settings from a .json or .yaml file in the form of --print-config; flags go before it",
     )  # fmt: skip
     group.add_argument("--print-config", action="store_true", help="print all settings as JSON and exit")
-    group.add_argument("--dry-run", action="store_true", help="do every check, one batch and one save, then exit")
+    group.add_argument(
+        "--dry-run", action="store_true", help="do every check, one batch and one save, keep nothing, then exit"
+    )
     group.add_argument(
         "--smoke", action="store_true", help="a quick look: --model tiny --preset tiny --max-tasks 16 --epochs 1"
     )
@@ -1069,6 +1073,8 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine | AnswerCom
         changes = SMOKE | changes
     resume = _resume_target(typed.resume)
     _require(not (typed.fresh and resume), "--fresh and --resume exclude each other", "drop one of the two")
+    _require(not (typed.dry_run and resume), "--dry-run and --resume exclude each other: nothing of a dry run is kept",
+             "drop one of the two; doctor RUN looks at a run")  # fmt: skip
     return CommandLine(
         config=validate(with_values(base, changes)),
         explicit=explicit,
@@ -1117,8 +1123,8 @@ def _parse_answer(verb: str, argv: list[str]) -> AnswerCommand:
     _require(not config.solutions or bool(config.data), "--solutions needs --data with a Kaggle challenges.json",
              "--data challenges.json")  # fmt: skip
     return AnswerCommand(verb=verb, config=config, explicit=set(given), sources=tuple(sources),
-                         check=getattr(typed, "check", ""), json=getattr(typed, "json", False), quiet=typed.quiet,
-                         debug=typed.debug)  # fmt: skip
+                         check=getattr(typed, "check", ""), json=getattr(typed, "json", False),
+                         typed=shlex.join([verb, *argv]), quiet=typed.quiet, debug=typed.debug)  # fmt: skip
 
 
 def _parse_doctor(argv: list[str]) -> DoctorCommand:

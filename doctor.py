@@ -184,14 +184,18 @@ def runs(command: DoctorCommand) -> list[Finding]:
     try:
         choice = find_run(command.out, command.run or "auto")
     except CheckpointError as error:
-        return [Finding(FAIL if command.run else NOTE, str(error), error.hint)]
+        hint = error.hint.replace("--resume alone takes", "doctor alone looks at")
+        return [Finding(FAIL if command.run else NOTE, str(error).removeprefix("--resume: "), hint)]
     if choice is None:
         return [Finding(OK, f"no runs in {command.out}/ yet")]
     status = RunFolder(choice.path, writes=False).read_status()
     found = [Finding(OK, f"{choice.path}: {status.get('status', 'no status')}, newest whole checkpoint"
                          f" {choice.checkpoint.name}")]  # fmt: skip
     flags = status.get("flags") if isinstance(status.get("flags"), dict) else {}
-    found += [Finding(NOTE, f"health flag {one_line(name, 60)}", "see the run's run.log") for name in flags]
+    for name, flag in flags.items():
+        if isinstance(flag, dict) and flag.get("raised"):
+            what, advice = (one_line(flag.get(key, ""), 150) for key in ("problem", "advice"))
+            found.append(Finding(NOTE, f"health flag {one_line(name, 60)}: {what}", advice))
     for path in list_checkpoints(choice.path) if command.run else ():
         try:
             read_checkpoint(path)

@@ -47,6 +47,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,10 @@ SAMPLE = 24  # inputs on which the time of a validation is foretold
 TOO_LITTLE = 0.1  # of an epoch is not worth another validation
 MIN_RESERVE = 0.8  # of the time kept for the last validation must be left for it
 EPOCHS_AHEAD = 20  # epochs whose batches are looked at before training when --max-batches leaves some out
+
+
+class ValidationStopped(Exception):
+    """A signal came while the run was validated; a resume validates anew."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -808,7 +813,10 @@ def train_epochs(run: Run) -> int | None:
         late = run.world.tell(run.is_last_validation())
         last = late or epoch + 1 == config.run.epochs
         if not state.validated:
-            scores = run_validation(run, last) if due(epoch + 1, config.run.eval_every, last) else None
+            try:
+                scores = run_validation(run, last) if due(epoch + 1, config.run.eval_every, last) else None
+            except ValidationStopped:
+                return end_session(run)
             finish_epoch(run, scores)
         if late and epoch + 1 < config.run.epochs:
             return end_session(run)
@@ -869,6 +877,8 @@ def train_epoch(run: Run, epoch: int) -> int | None:
         bar.update()
         if logs:
             log_batch(run, step.update)
+        if logs or not run.foretold:
+            fit_to_time(run)
         stopping = run.is_ending()
         if last or stopping or (not state.bad_steps and run.save_is_due()):
             save(run)
@@ -876,8 +886,6 @@ def train_epoch(run: Run, epoch: int) -> int | None:
         if stopping:
             bar.close()
             return end_session(run)
-        if logs or not run.foretold:
-            fit_to_time(run)
     bar.close()
     return None
 
@@ -891,7 +899,10 @@ def fit_to_time(run: Run) -> None:
     if not run.pace.is_known:
         return
     if not run.foretold and config.run.max_hours:
-        run.validation_seconds, run.vote_seconds = run.world.tell(foretell_validation(run))
+        try:
+            run.validation_seconds, run.vote_seconds = run.world.tell(foretell_validation(run))
+        except ValidationStopped:
+            return  # the session ends after the next batch
     batches = run.batches(state.epoch)
     costs = Costs(batches * run.pace.seconds, run.validation_seconds, config.run.eval_every, config.run.epochs)
     progress = state.epoch + state.batch / batches
@@ -904,19 +915,21 @@ def fit_to_time(run: Run) -> None:
 
 
 def foretell(run: Run, costs: Costs, progress: float) -> None:
-    """Say how long a batch, an epoch, a validation and all of it will take."""
-    epochs, hours, ends = run.config.run.epochs, run.config.run.max_hours, run.state.ends
-    pace = f"{run.pace.seconds:.2f} s per batch, {duration(costs.epoch)} per epoch"
-    if hours:
-        pace += f", {duration(costs.validation)} per validation"
-    text = f"all {epochs} epochs in another {duration(costs.seconds_from(progress))}"
-    if not hours:
-        text += ", validations not counted"
-    elif ends:
-        text = f"{ends:.1f} of {epochs} epochs in {duration(hours * 3600)}; the learning rate falls towards that end"
+    """Say how long a batch and an epoch take, and all that is left, or how far --max-hours gets."""
+    config, ends = run.config.run, run.state.ends
+    text = f"{run.pace.seconds:.2f} s per batch: {duration(costs.epoch)} per epoch"
+    if not config.max_hours:
+        left = dataclasses.replace(costs, validation=0.0).seconds_from(progress)
+        text += f", about {duration(left)} left, without validation"
+    else:
+        text += f", {duration(costs.validation)} per validation"
+        reached = f"{ends:.1f} of {config.epochs} epochs" if ends else f"all {config.epochs} epochs"
+        text += f"; {reached} in {duration(config.max_hours * 3600)}"
+        if ends:
+            text += ", and the learning rate falls towards that end"
         if not run.reserve():
-            text += "; too short for a validation at its end"
-    run.console.say(banner_line("time", f"{pace}; {text}"))
+            text += ", too short for a validation at its end"
+    run.console.say(banner_line("time", text))
 
 
 def foretell_validation(run: Run) -> tuple[float, float]:
@@ -1045,19 +1058,22 @@ def run_validation(run: Run, last: bool = False) -> dict[str, float]:
     """Return the scores of the averaged weights on the unseen test pairs, beside the baselines.
 
     The run's or the session's last validation has more than one view vote, as --views says.
+    Raises: ValidationStopped when a signal comes.
     """
     began = time.monotonic()
     if run.baselines is None:
         run.baselines = run.world.first(lambda: baselines(run.items, run.system.prior))
     bar = run.console.progress(-(-len(run.items) // run.world.size), "Validation", leave=False, unit="pair")
     gallery = Gallery(run.items, run.system.memory, run.sampler.tasks)
-    with run.average.swapped():
-        scores = validate_within_memory(run, run.items, bar, run.world, gallery)
+    try:
+        with run.average.swapped():
+            scores = validate_within_memory(run, run.items, bar, run.world, gallery)
+            if last:
+                bar.close()
+                bar = run.console.progress(-(-len(run.items) // run.world.size), "Voting", leave=False, unit="pair")
+                scores |= vote_within_memory(run, run.items, bar, run.world)
+    finally:
         bar.close()
-        if last:
-            bar = run.console.progress(-(-len(run.items) // run.world.size), "Voting", leave=False, unit="pair")
-            scores |= vote_within_memory(run, run.items, bar, run.world)
-            bar.close()
     run.note("predictions", lambda: gallery.write(run.folder.path, run.state.epoch, run.state.step))
     seconds = run.world.tell(time.monotonic() - began)
     if not last:
@@ -1069,8 +1085,8 @@ def validate_within_memory(
     run: Run, items: Sequence[Item], bar: Any, world: World, gallery: Gallery | None = None
 ) -> dict[str, float]:
     """Return the scores of the weights as they are, within the memory."""
-    return within_memory(run, items, bar, lambda cells: validate(run.system, run.runtime, items, cells, bar.update,
-                                                                 world, gallery))  # fmt: skip
+    return within_memory(run, items, bar, lambda cells, tick: validate(run.system, run.runtime, items, cells, tick,
+                                                                       world, gallery))  # fmt: skip
 
 
 def vote_within_memory(run: Run, items: Sequence[Item], bar: Any, world: World) -> dict[str, float]:
@@ -1079,22 +1095,29 @@ def vote_within_memory(run: Run, items: Sequence[Item], bar: Any, world: World) 
     if views == 1:
         return {}
     seen = choose_views(views, run.config.run.seed)
-    return within_memory(run, items, bar, lambda cells: validate_votes(run.system, run.runtime, items, seen, cells,
-                                                                       bar.update, world))  # fmt: skip
+    return within_memory(run, items, bar, lambda cells, tick: validate_votes(run.system, run.runtime, items, seen,
+                                                                             cells, tick, world))  # fmt: skip
 
 
 def within_memory(
-    run: Run, items: Sequence[Item], bar: Any, look: Callable[[int], dict[str, float]]
+    run: Run, items: Sequence[Item], bar: Any, look: Callable[[int, Callable[[int], None]], dict[str, float]]
 ) -> dict[str, float]:
     """Return what `look` finds with batches of so many cells; while the memory does not suffice, again with half.
 
-    Raises: OutOfMemory when batches of one pair do not fit, and at once with several processes.
+    Raises: OutOfMemory when batches of one pair do not fit, and at once with several processes; ValidationStopped
+    after a signal, but not with several processes, which would have to stop together.
     """
+
+    def tick(done: int) -> None:
+        bar.update(done)
+        if run.stop.signal is not None and run.world.size == 1:
+            raise ValidationStopped
+
     while True:
         rung = run.state.rung
         cells = max(run.config.data.batch_cells * 2 // rung.validation_parts, 1)
         try:
-            return look(cells)
+            return look(cells, tick)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -1393,9 +1416,11 @@ def end_session(run: Run) -> int:
 
     Raises: CheckpointError when it could not be written.
     """
-    state, number = run.state, run.stop.signal
-    if number is None and not state.validated and run.world.tell(run.can_validate()):
-        finish_session(run)
+    state = run.state
+    if run.stop.signal is None and not state.validated and run.world.tell(run.can_validate()):
+        with contextlib.suppress(ValidationStopped):
+            finish_session(run)
+    number = run.stop.signal
     run.saver.wait()
     status = "interrupted" if number else "paused"
     run.note("run.json", lambda: run.folder.set_status(status, epoch=state.epoch, batch=state.batch))
@@ -1518,6 +1543,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 def build_run(command: CommandLine, console: Console, chosen: RunChoice | None, world: World = ALONE) -> Run:
     """Return the run that the command line asks for: `chosen` is the run to resume, None for a new one."""
     setup = world.together(lambda: set_up(command, console, chosen, world), exit_code)
+    if command.dry_run:  # in a folder of its own, which `start` deletes, so that no command takes it for a run
+        hidden = Path(setup.config.run.out) / f".dry-run-{os.getpid()}"
+        config = with_values(setup.config, {"run.out": str(hidden), "run.backup": ""})
+        setup = dataclasses.replace(setup, config=config)
     path = world.first(lambda: run_folder(setup, chosen), exit_code)
     run_id = path.name if chosen is None else chosen.run_id
     return world.together(lambda: open_run(setup, path, run_id, console, world), exit_code)
@@ -1690,6 +1719,8 @@ def start(command: CommandLine, console: Console, world: World = ALONE) -> int:
         return run_session(run, command, resumed_at)
     finally:
         run.close()
+        if command.dry_run and world.is_first:
+            shutil.rmtree(run.config.run.out)
 
 
 def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
@@ -1721,6 +1752,9 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
     if run.world.is_first and folder.read_status()["status"] == "finished":
         took = duration(time.monotonic() - began)
         console.say(f"done in {took}. Best weights: {folder.best}; report: {folder.path / 'report.html'}")
+        if command.smoke:
+            for word, flags in (("next", "--epochs 20 --device cuda"), ("no GPU", "--epochs 1")):
+                console.say(banner_line(word, f"python {Path(__file__).name} {flags}"))
     return code
 
 
@@ -1757,7 +1791,11 @@ def resume_from_checkpoint(run: Run, chosen: RunChoice) -> str:
                           f"--epochs {state.epoch + 1} or more")  # fmt: skip
     adapt(run, from_dict(TrainConfig, checkpoint.payload["config"]))
     where = f"epoch {state.epoch}, batch {state.batch}/{run.batches(state.epoch)}"
-    run.console.say(banner_line("resume", f"{run.folder.name}, {where}, from {checkpoint.path.name}"))
+    saved = f"{datetime.fromtimestamp(checkpoint.saved_at):%Y-%m-%d %H:%M:%S}"
+    run.console.say(banner_line("resume", f"{run.folder.name}, {where}, from {checkpoint.path.name} of {saved}"))
+    if state.best:
+        exact = f"{state.best['exact']:.0f} of {len(run.items)} exact"
+        run.console.say(banner_line("best", f"{exact} after epoch {state.best['epoch']:.0f}"))
     return where
 
 
@@ -1812,15 +1850,14 @@ def go_on_from_rung(run: Run, before: str, now: str) -> None:
 
 
 def dry_run(run: Run) -> int:
-    """Run one batch and one save, to see that everything works; return 0."""
+    """Run one batch and one save, to see that everything works; return 0, 1 when the step was not taken."""
     done = take_step(run, 0, 0, Moment(0, 0.0, bool(run.config.policy.rl_every)), watch_qwen=True)
     save(run)
     run.saver.wait()
     require_saved(run)
-    run.folder.set_status("finished")
     loss, step = float(done.numbers.total.detach()), "taken" if done.update.taken else "skipped"
-    run.console.say(f"dry run: one batch (loss {loss:.3f}, step {step}) and one save"
-                    f" ({run.store.path(run.state.step)}) work")  # fmt: skip
+    size = file_size(run.store.path(run.state.step).stat().st_size) if run.world.is_first else ""
+    run.console.say(f"dry run: one batch (loss {loss:.3f}, step {step}) and one save ({size}) work; nothing is kept")
     return 0 if done.update.taken else 1
 
 

@@ -18,9 +18,21 @@ from typing import Any
 
 import report_command
 from answering import Attempts, Partial, Progress, Solved, Solver, Trust, attempts_of, fallback
-from arc_data import ArcTask, DataError, Pair, data_hash, load_json, load_tasks, parse_grid, parse_task, select_tasks
+from arc_data import (
+    ArcTask,
+    DataError,
+    Pair,
+    data_hash,
+    load_json,
+    load_tasks,
+    parse_grid,
+    parse_task,
+    require_answers,
+    select_tasks,
+)
 from config import PROGRAM, AnswerCommand, ConfigError, one_line
 from model_persistence import StopFlag
+from page_parts import counted
 from protocols import VALIDATED, Comparison, compare, load_protocol, require_unseen, status_line, within_line
 from report import Console, banner_line, check_writable, duration, file_size, write_json_atomic
 from scoring import check_submission, copy_input, one_color, score, score_lines, write_submission
@@ -77,6 +89,8 @@ def answer(
     command: AnswerCommand, console: Console, solver: Solver, tasks: Sequence[ArcTask], partial: Path
 ) -> tuple[dict[str, list[Solved]], Session, int | None]:
     """Return the answers, the session, and the exit code when it ended before all tasks were answered."""
+    inputs = counted(sum(len(task.test) for task in tasks), "test input")
+    tell(command, console, banner_line("data", f"{counted(len(tasks), 'task')}, {inputs}"))
     session = Session(command, console, StopFlag(lambda text: print(text, file=sys.stderr), STOPPING))
     kept = Partial(partial, work_key(solver, tasks))
     if kept.answers:
@@ -94,7 +108,7 @@ def answer(
         return answers, session, None
     done = sum(task.id in answers for task in tasks)
     tell(command, console, banner_line("paused", f"{done} of {len(tasks)} tasks done, kept in {partial}"))
-    tell(command, console, banner_line("continue", f"python {PROGRAM} {command.verb} with the same options"))
+    tell(command, console, banner_line("continue", f"python {PROGRAM} {command.typed}"))
     number = session.stop.signal
     return answers, session, 128 + number if number else 0
 
@@ -126,6 +140,7 @@ def evaluate_run(command: AnswerCommand, console: Console) -> int:
     check_writable(command.config.out)
     solver = open_solver(command, console)
     name, tasks, allowed = scored_tasks(command, solver)
+    require_answers(tasks)  # before an hour is spent on tasks that nobody can score
     comparison = compare(tasks, solver.seen.pairs)
     require_unseen(comparison, name, allowed)
     out = Path(command.config.out)
@@ -268,7 +283,8 @@ def prediction(task: ArcTask, solved: Sequence[Solved], trust: Trust) -> dict[st
 def show_task(console: Console, task: ArcTask, solved: Sequence[Solved], trust: Trust, out: Path) -> None:
     """Print input and attempts of a task, how likely they are, and how far to trust them."""
     style, width = choose_style(sys.stdout, os.environ), shutil.get_terminal_size().columns
-    console.say(f"{plain_text(task.id)}: {len(task.train)} train pairs, {len(task.test)} test inputs")
+    shown, asked = counted(len(task.train), "train pair"), counted(len(task.test), "test input")
+    console.say(f"{plain_text(task.id)}: {shown}, {asked}")
     for pair, found in zip(task.test, solved, strict=True):
         panels = [Panel("input", pair.input), *(Panel(f"attempt {n + 1}", g) for n, g in enumerate(found.attempts))]
         if not console.quiet:
@@ -307,9 +323,9 @@ def submit(command: AnswerCommand, console: Console) -> int:
     problems = check_submission(path, tasks)
     assert not problems, problems[0]
     partial.unlink(missing_ok=True)
-    inputs = sum(len(task.test) for task in tasks)
+    inputs = counted(sum(len(task.test) for task in tasks), "test input")
     seconds = duration(time.monotonic() - session.started)
-    console.say(f"{len(tasks)} tasks, {inputs} test inputs, 2 attempts each, {seconds}")
+    console.say(f"{counted(len(tasks), 'task')}, {inputs}, 2 attempts each, {seconds}")
     console.say(f"{path} {file_size(path.stat().st_size)}, checked: every task id, order kept, both attempts,"
                 " rectangular, 0-9, at most 30x30")  # fmt: skip
     return 1 if session.failures else 0
@@ -368,6 +384,6 @@ def check(command: AnswerCommand, console: Console) -> int:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DataError(f"{command.check}: {problems[0]}{more}", "write it again with submit")
-    outputs = sum(len(task.test) for task in tasks)
-    console.say(f"{command.check} is right: {len(tasks)} tasks, {outputs} test inputs, 2 attempts each", always=True)
+    inputs = counted(sum(len(task.test) for task in tasks), "test input")
+    console.say(f"{command.check} is right: {counted(len(tasks), 'task')}, {inputs}, 2 attempts each", always=True)
     return 0

@@ -10,6 +10,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from test_docs import tables
 from torch import nn
 
 import arc_system
@@ -205,6 +207,21 @@ def test_precision_on_cuda_follows_the_capability(gpus, capability, precision, c
     assert runtime.precision == chosen
     assert runtime.scaler.is_enabled() == (chosen == "fp16")
     assert runtime.reason
+
+
+def test_precision_table_of_the_document_is_what_is_chosen(gpus):
+    text = (ROOT / "docs" / "COLAB_RUNTIME_FIXES.md").read_text()
+    (found,) = (rows for header, rows in tables(text) if header[:2] == ["GPU", "compute capability"])
+    assert len(found) == 5
+    for _, capability, gib, *stated in found:
+        on_gpu = capability != "-"
+        gpus(int(on_gpu), tuple(map(int, capability.split("."))) if on_gpu else (0, 0))
+        device = choose_device("auto")
+        runtime = choose_runtime(device, "auto")
+        config = resolve(TrainConfig(), device.type, float(gib) if on_gpu else 0.0)
+        scaler = "yes" if runtime.scaler.is_enabled() else "no"
+        language = f"{config.prompt.model}, {config.prompt.train_llm}"
+        assert stated == [runtime.precision, scaler, language, config.agent.preset]
 
 
 def test_precision_off_cuda_is_fp32(gpus):

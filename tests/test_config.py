@@ -171,6 +171,7 @@ def test_smoke_is_small_unless_flags_say_otherwise():
         ("--fresh=1", "--fresh takes no value", None),
         ("-q=1", "--quiet takes no value", None),
         ("--fresh --resume", "--fresh and --resume exclude each other", None),
+        ("--dry-run --resume", "--dry-run and --resume exclude each other: nothing of a dry run is kept", None),
         ("resume", 'unknown command "resume"', None),
         ("train extra", 'unexpected argument "extra"', None),
         ("--offline true", 'unknown command "true"', None),

@@ -7,18 +7,25 @@ column `flag` a column `default` holds the default of that setting.
 from __future__ import annotations
 
 import ast
+import csv
 import dataclasses
 import functools
 import importlib
+import json
 import re
 import shlex
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.run import get_args_parser
 
+import trainloop_complete_with_fixes as driver
 from config import (
     VERBS,
     ConfigError,
@@ -29,12 +36,14 @@ from config import (
     flag_of,
     parse_command_line,
 )
+from health import RULES
 from loss_function import TERM_NAMES, term_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = "trainloop_complete_with_fixes.py"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROVED = ("EFE_LOSS_INTEGRATION.md", "ALL_7_FIXES_EXPLAINED.md", "AGENT_INTERFACE_FIX.md")
+PROVED = ("EFE_LOSS_INTEGRATION.md", "ALL_7_FIXES_EXPLAINED.md", "AGENT_INTERFACE_FIX.md", "COLAB_RUNTIME_FIXES.md",
+          "COMPLETE_SOLUTION_SUMMARY.md", "METRICS.md", "TRANSCRIPTS.md")  # fmt: skip
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 
@@ -58,7 +67,7 @@ def commands(text: str) -> list[list[str]]:
     found = []
     for code in [*spans(text), *code_lines(text)]:
         for part in re.split(r"&&|\|", code):
-            call = re.match(r"!?(?:\w+=\S+ )*(?:python|torchrun(?: --\S+(?: \d+)?)*) ([\w./-].*)", part.strip())
+            call = re.match(r"(?:!|\$ )?(?:\w+=\S+ )*(?:python|torchrun(?: --\S+(?: \d+)?)*) ([\w./-].*)", part.strip())
             if call:
                 found.append(shlex.split(call[1].replace("[", " ").replace("]", " ")))
     return found
@@ -245,6 +254,155 @@ def test_weights_in_the_document_are_those_of_the_code():
         if name.startswith("e = "):
             weights = term_weights(LossConfig(), float(name.removeprefix("e = ")))
             assert {row[0]: float(row[column]) for row in rows} == pytest.approx(weights), name
+
+
+def test_figure_names_files_that_exist():
+    named = re.findall(r'class="file"[^>]*>([\w.]+)<', (ROOT / "docs" / "data_flow.svg").read_text())
+    listed = set(re.findall(r"^\| `(\w+\.py)` \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert len(named) == 9 and set(named) <= listed
+
+
+def metric_names(section: str, *, in_trouble: bool = False) -> set[str]:
+    """Return the names in the `metric` column below a heading of METRICS.md that begins so.
+
+    With in_trouble only those that a loss scaler, a skipped step, a flag or a rollback writes, without it the others.
+    """
+    text = (ROOT / "docs" / "METRICS.md").read_text()
+    names: set[str] = set()
+    for header, rows in tables(re.split(r"^## ", text.split(f"## {section}")[1], flags=re.MULTILINE)[0]):
+        for row in rows if header[0] == "metric" else ():
+            troubled = row[1] in ("with a loss scaler (fp16)", "if a step was skipped", "flag", "rollback",
+                                  "where several views vote")  # fmt: skip
+            names |= set(re.findall(r"`(\w+)`", row[0])) if troubled == in_trouble else set()
+    return names
+
+
+def records(path: Path, event: str) -> list[dict[str, Any]]:
+    """Return the records of one kind in a run's metrics.jsonl."""
+    lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+    return [record for record in lines if record["event"] == event]
+
+
+def test_metrics_of_a_run_are_those_of_the_document(reference):
+    batches, epochs = records(reference.path, "batch"), records(reference.path, "epoch")
+    assert len(batches) == 8 and len(epochs) == 2
+    assert all(record.keys() == metric_names("Of a batch") for record in batches)
+    common, validated = metric_names("Of an epoch"), metric_names("Of a validation")
+    of_log = (common | validated | metric_names("Of the baselines")) - {"train_seconds"}
+    assert all(record.keys() == of_log for record in epochs)
+    table = list(csv.DictReader((reference.path / "epochs.csv").open()))
+    assert all(row.keys() == (common | validated) - {"t", "event"} for row in table) and len(table) == 2
+
+
+def test_metrics_of_trouble_are_those_of_the_document(build):
+    run = build()
+    driver.save(run)
+    run.state.step += 1  # what is saved from here on leaves that checkpoint to go back to
+    run.runtime.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    update = driver.Update(False, float("nan"), torch.zeros(()), None)
+    bad = SimpleNamespace(terms=SimpleNamespace(terms={"risk": torch.tensor(float("nan"))}))
+    driver.count_step(run, driver.Step((), torch.zeros(()), bad, update, 0))
+    driver.log_batch(run, update)  # which raises LOSS_NAN
+    driver.finish_epoch(run, None)
+    (batch,), (epoch,), (flag, *_) = (records(run.folder.path, event) for event in ("batch", "epoch", "flag"))
+    run.runtime.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    driver.roll_back(run, driver.TrainingDiverged("test"))
+    (rollback,) = records(run.folder.path, "rollback")
+    assert metric_names("Of a batch", in_trouble=True) == {"scale"} and "scale" in batch
+    assert metric_names("Of a validation", in_trouble=True) == {"val_views", "val_voted_exact", "val_voted_two_exact"}
+    assert metric_names("Of an epoch", in_trouble=True) == {"skipped", "nonfinite"} <= epoch.keys()
+    place = {"t", "event", "epoch", "batch", "step"}
+    assert metric_names("Of flags", in_trouble=True) == (flag.keys() | rollback.keys()) - place
+
+
+def test_lines_of_the_summary_are_those_of_the_document(reference):
+    block = reference.printed.split("Epoch 0 Summary:\n")[1].split("\n[")[0]
+    printed = [line.strip().split(":")[0] for line in block.splitlines() if line.startswith("  ")]
+    (listed,) = ([row[0] for row in rows] for header, rows in tables((ROOT / "docs" / "METRICS.md").read_text())
+                 if header[0] == "line")  # fmt: skip
+    assert listed == printed
+
+
+def test_flags_of_the_document_are_the_rules():
+    (found,) = (rows for header, rows in tables((ROOT / "docs" / "METRICS.md").read_text())
+                if header == ["flag", "raised when", "what to do"])  # fmt: skip
+    lasting = {name: f"; for {rule.lasting} batches" if rule.lasting else "" for name, rule in RULES.items()}
+    assert found == [[f"`{name}`", rule.problem + lasting[name], rule.advice] for name, rule in RULES.items()]
+
+
+# What the screen shows ------------------------------------------------------------------------------------------------
+
+MASKS = (
+    (r"; \d+ more epochs? in about .*", ""),  # of an epoch that is not the last
+    (r"^(Setting pad_token_id|priors    |note: |  flag |curves ).*", ""),  # said only where there is reason to
+    (r"^(settings |  Prior's answers by:).*", r"\1"),
+    (r"^[\d ]+$", "GRID"),
+    (r"\S*runs/[\w-]+|\barc_complete_\w+|\bdemo\b", "RUN"),
+    (r"^data      \S+ [0-9a-f]{7},", "data      TASKS,"),
+    (r"torch \S+|Python \S+", "VERSION"),
+    (r"refine \w+", "refine HOW"),
+    (r"[-+]?\d+(?:[.,:]\d+)*(?:e[-+]?\d+)?", "#"),
+    (r"# min # s|# h # min|# min|# s\b", "TIME"),
+    (r"# [kM]?B\b", "SIZE"),
+    (r" {2,}", "  "),
+)
+
+
+def shape(text: str) -> list[str]:
+    """Return the different lines of a text in their order, with numbers, names, paths and times masked."""
+    lines = []
+    for line in text.splitlines():
+        for pattern, masked in MASKS:
+            line = re.sub(pattern, masked, line)
+        if line.strip() not in ("", "..."):
+            lines.append(line.rstrip())
+    return list(dict.fromkeys(lines))
+
+
+def transcript(heading: str) -> list[str]:
+    """Return the shape of what stands below a heading of TRANSCRIPTS.md, without the command."""
+    text = (ROOT / "docs" / "TRANSCRIPTS.md").read_text().split(f"## {heading}\n")[1]
+    return shape(re.search(r"^```text\n\$ [^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1])
+
+
+def test_transcript_of_a_run_has_the_lines_that_the_program_prints(reference):
+    *lines, following, without_gpu = transcript("On a laptop")
+    assert lines == shape(reference.printed)
+    assert (following.split()[0], without_gpu.split()[:2]) == ("next", ["no", "GPU"])  # see the test of --smoke
+
+
+def test_transcript_of_a_stop_and_a_resume_has_the_lines_that_the_program_prints(
+    reference, drive, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(reference.path.parent, tmp_path / "runs")
+    step = driver.train_step
+    monkeypatch.setattr(driver, "train_step", lambda *a: signal.raise_signal(signal.SIGINT) or step(*a))
+    monkeypatch.setattr(driver.Pace, "is_known", True)
+    monkeypatch.setattr(driver.Pace, "seconds", 1.0)
+    assert drive("--resume", "--epochs", "3", "--log-every", "1") == 130
+    said = capsys.readouterr()
+    printed = shape(said.out + said.err)
+    stopped, resumed = transcript("The stop button, Ctrl-C"), transcript("Going on")
+    assert set(printed) == {*stopped, *resumed}
+    assert [line for line in printed if line in resumed] == resumed
+    assert shape(said.out)[-2:] == stopped[-2:]
+
+
+def test_transcripts_of_the_other_commands_have_the_lines_that_the_program_prints(
+    reference, drive, tmp_path, capsys
+):
+    shutil.copytree(reference.path.parent, tmp_path / "runs")
+    row = {"input": [[1, 0], [0, 2]], "output": [[0, 1], [2, 0]]}
+    task = {"train": [row, row, row], "test": [{"input": [[7, 0], [0, 8]]}]}
+    Path("my_task.json").write_text(json.dumps(task))
+    Path("challenges.json").write_text(json.dumps({"one": task, "two": task}))
+    for heading, command in (
+        ("Looking at the results", ["report"]),
+        ("A task of your own", ["predict", "my_task.json", "--views", "2", "--device", "cpu", "--refine", "none"]),
+        ("submission.json", ["submit", "--data", "challenges.json", "--views", "2", "--device", "cpu"]),
+    ):
+        assert drive(*command) == 0
+        assert shape(capsys.readouterr().out) == transcript(heading), heading
 
 
 def takers_of_an_answer(node: ast.AST, prefix: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
@@ -143,9 +144,22 @@ def test_a_damaged_checkpoint_of_a_named_run_fails(examine, reference, tmp_path)
     assert newest.exists()
 
 
+def test_health_flags_that_are_raised_are_told_with_their_advice(examine, reference, tmp_path):
+    run = shutil.copytree(reference.path, tmp_path / "runs" / "demo")
+    status = json.loads((run / "run.json").read_text())
+    flags = {"COPYING": {"raised": True, "problem": "it copies", "advice": "train longer"},
+             "MEM_IDLE": {"raised": False, "problem": "over", "advice": "-"}, "OLD": "from elsewhere"}  # fmt: skip
+    (run / "run.json").write_text(json.dumps({**status, "flags": flags}))
+    code, lines = examine("demo", only=["runs"])
+    place = lines.index("note  runs      health flag COPYING: it copies")
+    assert code == 0 and lines[place + 1].strip() == "hint: train longer"
+    assert not any("MEM_IDLE" in line or "OLD" in line for line in lines)
+
+
 def test_a_run_that_is_not_there_fails(examine):
     code, lines = examine("nowhere", only=["runs"])
-    assert code == 4 and any(line.startswith("FAIL  runs") and "nowhere" in line for line in lines)
+    assert code == 4 and "FAIL  runs      no such run or checkpoint: nowhere" in lines
+    assert any(line.strip() == "hint: doctor alone looks at the newest run" for line in lines)
 
 
 def test_a_check_that_breaks_is_a_finding_and_shows_its_traceback_when_debugging(monkeypatch, capsys):

@@ -168,10 +168,47 @@ def test_output_that_cannot_be_written_is_refused(drive, new_flags, capsys):
     )
 
 
-def test_dry_run_does_one_batch_and_one_save(drive, new_flags, capsys):
-    assert drive(*new_flags("--dry-run")) == 0
-    assert re.search(r"dry run: one batch \(loss \d+\.\d{3}, step taken\) and one save", capsys.readouterr().out)
-    assert read_checkpoint(list_checkpoints(RUN)[0]).payload["loop"]["epoch"] == 0
+def test_dry_run_does_one_batch_and_one_save_and_keeps_nothing(drive, new_flags, capsys):
+    assert drive(*new_flags("--dry-run", "--backup", "copy")) == 0
+    said = r"dry run: one batch \(loss \d+\.\d{3}, step taken\) and one save \([\d.]+ [kM]B\) work; nothing is kept"
+    assert re.search(said, capsys.readouterr().out)
+    assert list(Path("runs").iterdir()) == [] and not Path("copy").exists()
+    assert drive("--resume") == 5
+    assert "no run to resume" in capsys.readouterr().err
+
+
+def test_signal_ends_a_validation_and_a_resume_validates_anew(drive, new_flags, monkeypatch, tmp_path):
+    flags = new_flags("--epochs", 1, "--max-batches", 1)
+
+    def interrupted(system, runtime, items, cells, tick, *rest):
+        signal.raise_signal(signal.SIGINT)
+        tick(1)
+        raise AssertionError("the validation went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "validate", interrupted)
+        assert drive(*flags) == 130
+    status = json.loads((RUN / "run.json").read_text())
+    assert (status["status"], status["epoch"], status["batch"]) == ("interrupted", 0, 1)
+    assert not read_checkpoint(list_checkpoints(RUN)[0]).payload["loop"]["validated"]
+    assert drive("--resume") == 0
+    stopped = comparable(RUN)
+    (tmp_path / "whole").mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    assert drive(*flags) == 0
+    assert differences(stopped, comparable(RUN)) == []
+
+
+def test_length_of_a_run_is_told_once_and_a_smoke_run_says_what_is_next(drive, new_flags, monkeypatch, capsys):
+    monkeypatch.setattr(driver.Pace, "is_known", property(lambda pace: pace.count >= 2))
+    monkeypatch.setattr(driver.Pace, "seconds", 0.5)
+    flags = new_flags("--smoke", "--epochs", 2, "--max-batches", 3, "--eval-every", 2, "--refine", "none")
+    assert drive(*flags) == 0
+    printed = capsys.readouterr().out
+    told = re.findall(r"^time      (\S+) s per batch: .* per epoch, about .* left, without validation$", printed, re.M)
+    assert len(told) == 1 and float(told[0]) > 0
+    line = f"python {SCRIPT.name} --epochs"
+    assert f"next      {line} 20 --device cuda\nno GPU    {line} 1\n" in printed
 
 
 # 3. The run folder and the printed lines -----------------------------------------------------------------------------
@@ -368,8 +405,8 @@ def test_max_hours_ends_with_a_low_learning_rate_and_a_validation_inside_the_tim
     flags = ("--max-hours", 0.05, "--epochs", 10, "--log-every", 1, "--rl-every", 0)
     assert drive(*new_flags(*flags)) == 0
     printed = capsys.readouterr().out
-    assert "time      10.00 s per batch, 1 min 10 s per epoch, 30 s per validation; 1.7 of 10 epochs in 3 min; the" \
-        " learning rate falls towards that end" in printed  # fmt: skip
+    assert "time      10.00 s per batch: 1 min 10 s per epoch, 30 s per validation; 1.7 of 10 epochs in 3 min, and" \
+        " the learning rate falls towards that end" in printed  # fmt: skip
     assert (status()["status"], status()["epoch"], status()["batch"]) == ("paused", 1, 5) and clock == [False, True]
     assert re.search(r"Epoch 1 Summary:\n(.*\n)+?  Val Accuracy \(2 attempts\): 0\.\d{4} \(\d/8\), 1 view\n", printed)
     assert "Time: 1 min 10 s training" not in printed.split("Epoch 1 Summary:")[1]  # it is not over

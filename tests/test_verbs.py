@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +134,11 @@ def test_an_interrupted_submit_goes_on_where_it_was(answer, unseen, tmp_path, mo
     monkeypatch.setattr(verbs.Session, "is_over", lambda self: next(asked))
     monkeypatch.setattr(verbs, "prepare_priors", lambda *_: None)
     assert answer("submit", "--data", "c.json", *QUICK, "--out", "parts") == 0  # paused
-    assert not (tmp_path / "parts" / "submission.json").exists() and "1 of 3 tasks done" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert not (tmp_path / "parts" / "submission.json").exists() and "1 of 3 tasks done" in said
+    assert "data      3 tasks, 5 test inputs\n" in said
+    typed = shlex.join(["submit", "--data", "c.json", *QUICK, "--out", "parts"])
+    assert f"continue  python trainloop_complete_with_fixes.py {typed} --weights " in said
     monkeypatch.setattr(verbs.Session, "is_over", over)
     solved: list[str] = []
     solve = Solver._solve
@@ -141,6 +146,13 @@ def test_an_interrupted_submit_goes_on_where_it_was(answer, unseen, tmp_path, mo
     assert answer("submit", "--data", "c.json", *QUICK, "--out", "parts") == 0
     assert solved == [t.id for t in unseen[1:]]
     assert attempts(tmp_path / "parts" / "submission.json") == attempts(tmp_path / "whole" / "submission.json")
+
+
+def test_eval_asks_for_the_answers_before_it_plans(answer, unseen, tmp_path, monkeypatch, capsys):
+    challenges(tmp_path / "c.json", unseen)
+    monkeypatch.setattr(verbs, "answer", lambda *_: pytest.fail("planned what cannot be scored"))
+    assert answer("eval", "--data", "c.json", *QUICK) == 3
+    assert 'has no "output"; use predict, or give --solutions FILE' in capsys.readouterr().err
 
 
 def test_a_task_that_fails_gets_a_fallback_and_the_rest_is_answered(answer, unseen, tmp_path, monkeypatch, capsys):
