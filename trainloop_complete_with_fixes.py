@@ -31,12 +31,12 @@ if __name__ == "__main__":  # --help, doctor, usage errors and missing packages 
     if getattr(COMMAND, "verb", "") == "report":
         import report_command
 
-        sys.exit(report_command.answer(COMMAND, Console(quiet=COMMAND.quiet)))
+        sys.exit(report_command.answer(COMMAND, Console.of(COMMAND)))
     if isinstance(COMMAND, DoctorCommand):
-        sys.exit(doctor.examine(COMMAND, Console(quiet=COMMAND.quiet)))
+        sys.exit(doctor.examine(COMMAND, Console.of(COMMAND)))
     for fault, hint in doctor.package_faults():
         if SPEAKS:
-            Console().error(fault, hint)
+            Console.of(COMMAND).error(fault, hint)
         sys.exit(4)
 
 import contextlib
@@ -88,6 +88,7 @@ from arc_system import (
     build_optimizers,
     choose_device,
     choose_runtime,
+    device_fault,
     keyed_generator,
     learning_rate_scale,
     on_canvas,
@@ -101,6 +102,7 @@ from config import (
     VERSION,
     AnswerCommand,
     CommandLine,
+    DataConfig,
     TrainConfig,
     changed_flags,
     check_resume,
@@ -154,7 +156,7 @@ from model_persistence import (
 )
 from policy_refined import PolicyTerms
 from prior_store import core_count
-from protocols import TRAINED, VALIDATED, LeakError, load_protocol, pair_table, without_own_answers
+from protocols import TRAINED, VALIDATED, LeakError, in_public_evaluation, load_protocol, pair_table, without_own_answers
 from qwen_hybrid_prompt import ModelError
 from report import (
     MetricLog,
@@ -164,11 +166,16 @@ from report import (
     banner_line,
     batch_line,
     check_writable,
+    detail_line,
     duration,
     environment,
     file_size,
+    forecast_line,
     full_summary,
+    on_drive,
+    packages_line,
     require_mounted,
+    write_json_atomic,
 )
 from report_page import write_report
 from run_backup import Backup, bring_back
@@ -180,6 +187,8 @@ MAX_BAD_STEPS = 20
 MAX_ROLLBACKS = 3
 MAX_PAGE_SECONDS = 2.0  # a page that takes longer is written at the end of a session only
 PAGE_SHARE = 0.05  # of the time that pages may take
+FEW_TASKS = 20
+WARM_BATCHES, FORECAST_BATCHES = 5, 30  # of a session: the first ones take longer; after so many more comes a forecast
 EPOCHS_AHEAD = 20  # epochs whose batches are looked at before training when --max-batches leaves some out
 
 
@@ -648,6 +657,8 @@ class Run:
     baselines: dict[str, float | str] | None = None
     page_seconds: float = 0.0  # of computing that the last report.html took
     page_written: float = 0.0  # when
+    session_batches: int = 0
+    warm_since: float = 0.0  # when WARM_BATCHES of the session were done
     started: float = field(default_factory=time.monotonic)
 
     def batches(self, epoch: int) -> int:
@@ -809,7 +820,7 @@ def train_epoch(run: Run, epoch: int) -> int | None:
     run.sampler.continue_epoch(epoch, state.segments)
     total = run.batches(epoch)
     run.system.train()
-    bar = run.console.progress(total, f"Epoch {epoch} (All Fixes)", initial=state.batch)
+    bar = run.console.progress(total, f"Epoch {epoch} (All Fixes)", initial=state.batch, every=config.run.log_every)
     while state.batch < total:
         began = time.monotonic()
         rl_every = config.policy.rl_every
@@ -826,6 +837,7 @@ def train_epoch(run: Run, epoch: int) -> int | None:
         bar.update()
         if logs:
             log_batch(run, step.update)
+        forecast(run)
         stopping = run.is_ending()
         if last or stopping or (not state.bad_steps and run.save_is_due()):
             save(run)
@@ -834,6 +846,20 @@ def train_epoch(run: Run, epoch: int) -> int | None:
             return end_session(run)
     bar.close()
     return None
+
+
+def forecast(run: Run) -> None:
+    """Say once in a session, as soon as the pace is known, how long the epochs that are left will take."""
+    run.session_batches += 1
+    if run.session_batches == WARM_BATCHES:
+        run.warm_since = time.monotonic()
+    if run.session_batches != WARM_BATCHES + FORECAST_BATCHES:
+        return
+    state, settings = run.state, run.config.run
+    batches = run.batches(state.epoch)
+    left = batches - state.batch + (settings.epochs - state.epoch - 1) * batches
+    pace = (time.monotonic() - run.warm_since) / FORECAST_BATCHES
+    run.console.say(forecast_line(pace, batches, left, settings.epochs - state.epoch, settings.max_hours))
 
 
 def count_step(run: Run, step: Step) -> None:
@@ -851,6 +877,7 @@ def count_step(run: Run, step: Step) -> None:
         )
         if state.bad_steps >= MAX_BAD_STEPS:
             tell_health(run, run.health.judge_window(window_numbers(run, means(state.window)), state.step))
+            describe_divergence(run, step)
             raise TrainingDiverged(f"training diverged: {MAX_BAD_STEPS} steps in a row were not finite")
         return
     state.bad_steps = 0
@@ -864,6 +891,17 @@ def count_step(run: Run, step: Step) -> None:
     if result.reward is not None:
         values |= {"reward": result.reward.mean(), "rewards": 1.0, "tied": result.policy.tied}
     state.add(values)
+
+
+def describe_divergence(run: Run, step: Step) -> None:
+    """Write diverged.json: all that is needed to compute the batch again that was not finite, and its terms."""
+    state, path = run.state, run.folder.path / "diverged.json"
+    pairs = [{"task": c.task_id, "pair": c.pair_id, **dataclasses.asdict(c.augmentation)} for c in step.contexts]
+    facts = {"epoch": state.epoch, "batch": state.batch, "step": state.step, "seed": run.config.run.seed,
+             "precision": run.runtime.precision, "loss": float(step.numbers.total.detach()),
+             "terms": {name: float(value) for name, value in step.numbers.terms.terms.items()}}  # fmt: skip
+    run.note(path.name, lambda: write_json_atomic(path, {**facts, "gradient_norm": step.update.norm, "pairs": pairs}))
+    run.console.note(f"the batch is described in {path}")
 
 
 OWN_COUNT = {"reward": "rewards", "tied": "rewards", "qwen_upd": "qwen_upds"}
@@ -898,6 +936,10 @@ def log_batch(run: Run, update: Update) -> None:
     if run.runtime.scaler.is_enabled():
         record["scale"] = run.runtime.scaler.get_scale()
     run.log.append(record)
+    if run.console.verbose:
+        device = run.runtime.device
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+        run.console.detail(detail_line(record, state.epoch_seconds / state.batch, peak))
     tell_health(run, run.health.judge_window(window_numbers(run, values), state.step))
     state.window = {}
     run.lock.heartbeat()
@@ -1123,6 +1165,10 @@ def save(run: Run, best: Weights | None = None, is_best_delta: bool = False) -> 
     facts = {"epoch": state.epoch, "batch": state.batch, "step": state.step, "best": dict(state.best)}
 
     def written() -> None:
+        if run.console.verbose:
+            path = run.store.path(facts["step"])
+            size, seconds = file_size(path.stat().st_size), run.store.seconds
+            run.console.detail(banner_line("saved", f"{path.name}, {size} in {seconds:.1f} s"))
         run.note("run.json", lambda: run.folder.set_status("running", **facts, flags=run.health.summary()))
         if run.backup is not None:
             run.backup.offer()
@@ -1447,12 +1493,14 @@ def open_run(setup: Setup, path: Path, run_id: str, console: Console, world: Wor
 
 def main(command: CommandLine | AnswerCommand) -> int:
     """Run a command line; return the exit code."""
-    console = Console(quiet=command.quiet)
+    console = Console.of(command)
     try:
         world = World.of(os.environ)
-        console = Console(quiet=command.quiet, process=world.rank)
+        console = Console.of(command, world.rank)
         if not world.is_first:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends): of what libraries print
+        if console.verbose:
+            console.detail(packages_line())
         if isinstance(command, AnswerCommand):
             require_alone(world)
             return verbs.run(command, console)
@@ -1478,6 +1526,8 @@ def main(command: CommandLine | AnswerCommand) -> int:
             error = OutOfMemory(str(shortage(problem, device)), advice(command.config)).with_traceback(
                 problem.__traceback__
             )
+        elif fault := device_fault(problem):
+            error = fault.with_traceback(problem.__traceback__)
         known = exit_code(error)
         hint = "" if known else "this is a bug: run again with --debug for the traceback"
         console.error(error, hint, debug=command.debug)
@@ -1537,6 +1587,11 @@ def start(command: CommandLine, console: Console, world: World = ALONE) -> int:
             console.say(f"run {run.folder.name} already finished {done}; raise --epochs to go on", always=True)
             return 0
         return run_session(run, command, resumed_at)
+    except BaseException:
+        if world.is_first:  # the traceback belongs into run.log also when the session has not begun
+            with contextlib.suppress(RunFolderError):  # a log that cannot be written must not hide the error itself
+                console.attach(run.folder.log_path)
+        raise
     finally:
         run.close()
 
@@ -1554,6 +1609,11 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
     console.say(banner_line("run", f"{folder.path}   (seed {config.run.seed})"))
     console.say("[OK] All models created")
     run.world.first(lambda: require_space(run), exit_code)
+    if run.world.is_first and not command.smoke:
+        warn_of_data(run)
+    if on_drive(folder.path):
+        console.note("--out is on Google Drive, which may drop out in the middle of a run; a folder of this machine,"
+                     " with --backup on the Drive, survives that")  # fmt: skip
     if run.backup is not None:
         run.backup.offer()
     if command.dry_run:
@@ -1571,6 +1631,20 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
         took = duration(time.monotonic() - began)
         console.say(f"done in {took}. Best weights: {folder.best}; report: {folder.path / 'report.html'}")
     return code
+
+
+def warn_of_data(run: Run) -> None:
+    """Warn of tasks that are too few to learn from, and of those that a score should be kept for."""
+    tasks, data = run.sampler.tasks, run.config.data
+    if len(tasks) < FEW_TASKS:
+        run.console.warn(f"{len(tasks)} tasks are few to train on; what a score on them says holds for them alone",
+                         f"take {FEW_TASKS} or more")  # fmt: skip
+    if data.protocol or data.data == DataConfig.data:  # the first sees to it, the second holds none
+        return
+    count = in_public_evaluation(tasks)
+    if count:
+        run.console.warn(f"{count} of the training tasks are in the public evaluation set; the evaluation score will"
+                         " not be honest", "--protocol arc2-eval trains on all that may be trained on")  # fmt: skip
 
 
 def suggest_resume(out: Path, console: Console) -> None:
@@ -1606,8 +1680,18 @@ def resume_from_checkpoint(run: Run, chosen: RunChoice) -> str:
                           f"--epochs {state.epoch + 1} or more")  # fmt: skip
     adapt(run, from_dict(TrainConfig, checkpoint.payload["config"]))
     where = f"epoch {state.epoch}, batch {state.batch}/{run.batches(state.epoch)}"
+    if chosen.status == "running":
+        note_sudden_end(run, checkpoint)
     run.console.say(banner_line("resume", f"{run.folder.name}, {where}, from {checkpoint.path.name}"))
     return where
+
+
+def note_sudden_end(run: Run, checkpoint: Checkpoint) -> None:
+    """Say that the last session was killed, and how much of its work is lost where its lock tells."""
+    after = (run.lock.left or 0.0) - checkpoint.saved_at
+    when = f", {duration(after)} or more after its last checkpoint" if after >= 1 else ""
+    run.console.note(f"the previous session of {run.folder.name} ended without saying goodbye (likely a disconnect or"
+                     f" out of RAM){when}")  # fmt: skip
 
 
 def computed_on(runtime: Runtime) -> dict[str, str]:

@@ -24,7 +24,7 @@ from model_persistence import StopFlag
 from protocols import VALIDATED, Comparison, compare, load_protocol, require_unseen, status_line, within_line
 from report import Console, banner_line, check_writable, duration, file_size, write_json_atomic
 from scoring import check_submission, copy_input, one_color, score, score_lines, write_submission
-from terminal import Panel, choose_style, plain_text, probabilities_line, side_by_side
+from terminal import ASCII, Panel, choose_style, plain_text, probabilities_line, side_by_side
 
 STOPPING = "stopping after these tasks ... (press again to stop at once; what is done is kept)"
 
@@ -64,6 +64,11 @@ def open_solver(command: AnswerCommand, console: Console) -> Solver:
     solver = Solver.load(answers=command.config, warn=console.warn)
     views = f"{len(solver.views)} views, refine {command.config.refine}"
     tell(command, console, banner_line("weights", f"{solver.folder}, {views}, {solver.runtime.device}"))
+    settings = solver.answers
+    samples = solver.system.config.evaluation.refine_samples
+    console.detail(banner_line("answers", f"{samples} samples, {settings.refine_steps} steps on"
+                   f" {settings.refine_weights}, confidence {settings.answer_confidence:g}, batches of"
+                   f" {solver.batch_cells} cells, {solver.runtime.precision}"))  # fmt: skip
     return solver
 
 
@@ -87,6 +92,8 @@ def answer(
         progress = Progress(bar.update, session.is_over, console.warn, session.failed)
         answers = solver.solve(tasks, progress, kept)
         bar.close()
+        console.detail(banner_line("answered", f"{len(answers)} of {len(tasks)} tasks after"
+                                   f" {duration(time.monotonic() - session.started)}"))  # fmt: skip
     finally:
         session.stop.release()
         solver.close()
@@ -267,7 +274,8 @@ def prediction(task: ArcTask, solved: Sequence[Solved], trust: Trust) -> dict[st
 
 def show_task(console: Console, task: ArcTask, solved: Sequence[Solved], trust: Trust, out: Path) -> None:
     """Print input and attempts of a task, how likely they are, and how far to trust them."""
-    style, width = choose_style(sys.stdout, os.environ), shutil.get_terminal_size().columns
+    style = choose_style(sys.stdout, os.environ) if console.color else ASCII
+    width = shutil.get_terminal_size().columns
     console.say(f"{plain_text(task.id)}: {len(task.train)} train pairs, {len(task.test)} test inputs")
     for pair, found in zip(task.test, solved, strict=True):
         panels = [Panel("input", pair.input), *(Panel(f"attempt {n + 1}", g) for n, g in enumerate(found.attempts))]
