@@ -156,7 +156,15 @@ from model_persistence import (
 )
 from policy_refined import PolicyTerms
 from prior_store import core_count
-from protocols import TRAINED, VALIDATED, LeakError, in_public_evaluation, load_protocol, pair_table, without_own_answers
+from protocols import (
+    TRAINED,
+    VALIDATED,
+    LeakError,
+    in_public_evaluation,
+    load_protocol,
+    pair_table,
+    without_own_answers,
+)
 from qwen_hybrid_prompt import ModelError
 from report import (
     MetricLog,
