@@ -604,6 +604,13 @@ class Console:
             self._record(text)
             self._show(text, sys.stderr)
 
+    def relay(self, line: str) -> None:
+        """Say the whole line of a part that knows no console; one that begins with "warning: " is a warning."""
+        if line.startswith("warning: "):
+            self.warn(line.removeprefix("warning: "))
+        else:
+            self.say(line)
+
     def warn(self, text: str, hint: str = "") -> None:
         """Print a warning, and what to do about it, on stderr."""
         if not self.process:

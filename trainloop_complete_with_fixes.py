@@ -1484,11 +1484,11 @@ def open_run(setup: Setup, path: Path, run_id: str, console: Console, world: Wor
     if first:
         lock.acquire()
     log = MetricLog(folder.metrics_path) if first else NoMetrics()
-    store = CheckpointStore(path, keep=config.run.keep, run_id=run_id, writes=first, say=console.say)
+    store = CheckpointStore(path, keep=config.run.keep, run_id=run_id, writes=first, say=console.relay)
     saver = Saver(store, folder.best, config.run.save_every, share=config.run.save_share,
                   minutes=config.run.save_minutes, fault=fault_of)  # fmt: skip
     target = Path(config.run.backup).expanduser()
-    backup = Backup(path, target, store.run_id, console.say) if config.run.backup and first else None
+    backup = Backup(path, target, store.run_id, console.relay) if config.run.backup and first else None
     seen = {TRAINED: pair_table(setup.data.tasks, "train"), VALIDATED: pair_table(setup.data.validation, "test")}
     return Run(
         config=config, console=console, folder=folder, log=log, lock=lock, runtime=runtime, store=store, saver=saver,

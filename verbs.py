@@ -18,7 +18,7 @@ from typing import Any
 
 import report_command
 from answering import Attempts, Partial, Progress, Solved, Solver, Trust, attempts_of, fallback
-from arc_data import ArcTask, DataError, Pair, data_hash, load_json, load_tasks, parse_grid, parse_task, select_tasks
+from arc_data import ArcTask, DataError, Pair, data_hash, load_json, load_tasks, parse_grid, parse_task, require_answers, select_tasks
 from config import PROGRAM, AnswerCommand, ConfigError, one_line
 from model_persistence import StopFlag
 from protocols import VALIDATED, Comparison, compare, load_protocol, require_unseen, status_line, within_line
@@ -130,9 +130,10 @@ def work_key(solver: Solver, tasks: Sequence[ArcTask]) -> str:
 
 def evaluate_run(command: AnswerCommand, console: Console) -> int:
     """Score a run on tasks with answers that it has not seen, beside the baselines."""
+    given = given_tasks(command)  # before weights are looked for
     check_writable(command.config.out)
     solver = open_solver(command, console)
-    name, tasks, allowed = scored_tasks(command, solver)
+    name, tasks, allowed = given or protocol_tasks(command, solver)
     comparison = compare(tasks, solver.seen.pairs)
     require_unseen(comparison, name, allowed)
     out = Path(command.config.out)
@@ -172,14 +173,25 @@ def show_scores(
     console.say(f"done in {duration(seconds)}; written {out / file_name(name)}.scores.json and .submission.json")
 
 
-def scored_tasks(command: AnswerCommand, solver: Solver) -> tuple[str, list[ArcTask], tuple[str, ...]]:
-    """Return the name of what is scored, its tasks, and as what their answers may have been seen.
+Scored = tuple[str, list[ArcTask], tuple[str, ...]]
 
-    Raises: ConfigError when neither the command nor the weights name any tasks.
+
+def given_tasks(command: AnswerCommand) -> Scored | None:
+    """Return the name of what is scored, its tasks, and as what their answers may have been seen; None without --data.
+
+    Raises: DataError for a task without answers.
     """
     config = command.config
-    if config.data:
-        return config.data, select_tasks(load_tasks(config.data, config.solutions), config.max_tasks), ()
+    if not config.data:
+        return None
+    tasks = select_tasks(load_tasks(config.data, config.solutions), config.max_tasks)
+    require_answers(tasks)
+    return config.data, tasks, ()
+
+
+def protocol_tasks(command: AnswerCommand, solver: Solver) -> Scored:
+    """Return the same of the protocol that the command or the weights name. Raises: ConfigError without one."""
+    config = command.config
     name = config.protocol or str(solver.facts.get("protocol") or "arc2")
     if not config.protocol and not solver.facts.get("protocol") and not is_arc2(solver):
         raise ConfigError("the weights name no protocol, so it is not known what to score",

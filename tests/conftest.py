@@ -10,6 +10,7 @@ import os
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before numpy; the tests measure the time of one thread
+os.environ.pop("FORCE_COLOR", None)  # messages are compared as they are without colours
 
 import contextlib
 import importlib
@@ -34,6 +35,7 @@ from model_persistence import list_checkpoints, read_checkpoint, snapshot
 from report import Console
 
 ROOT = Path(driver.__file__).resolve().parent
+FEW_TASKS = driver.FEW_TASKS  # as it is outside the tests, see `own_cache`
 SMALL = ("--model", "tiny", "--preset", "tiny", "--width", "32", "--read-blocks", "1", "--num-steps", "2",
          "--prompt-dim", "16", "--batch-size", "4")  # fmt: skip
 
@@ -49,8 +51,9 @@ def benchmark(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the driver's priors away from the user's cache folder."""
+    """Keep the driver's priors away from the user's cache folder, and eight tasks from being called few."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "FEW_TASKS", 0)
         patch.setenv("ARC_CACHE_DIR", str(tmp_path_factory.mktemp("priors")))
         yield
 

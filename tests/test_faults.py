@@ -213,7 +213,7 @@ def test_a_run_folder_that_becomes_read_only_is_a_warning(build, monkeypatch, ca
         driver.save(run)
         run.saver.wait()
     assert run.store.failed_saves == 1 and [path.name for path in list_checkpoints(RUN)] == ["step_000000000.pt"]
-    assert "checkpoint of step 1 not saved (Read-only file system)" in capsys.readouterr().out
+    assert "warning: checkpoint of step 1 not saved (Read-only file system)" in capsys.readouterr().err
     driver.save(run)
     run.saver.wait()
     assert run.store.failed_saves == 0 and run.saver.saved_step == 1
