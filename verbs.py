@@ -18,7 +18,18 @@ from typing import Any
 
 import report_command
 from answering import Attempts, Partial, Progress, Solved, Solver, Trust, attempts_of, fallback
-from arc_data import ArcTask, DataError, Pair, data_hash, load_json, load_tasks, parse_grid, parse_task, require_answers, select_tasks
+from arc_data import (
+    ArcTask,
+    DataError,
+    Pair,
+    data_hash,
+    load_json,
+    load_tasks,
+    parse_grid,
+    parse_task,
+    require_answers,
+    select_tasks,
+)
 from config import PROGRAM, AnswerCommand, ConfigError, one_line
 from model_persistence import StopFlag
 from protocols import VALIDATED, Comparison, compare, load_protocol, require_unseen, status_line, within_line
