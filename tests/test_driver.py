@@ -90,11 +90,15 @@ def test_unknown_option_is_refused_with_a_guess_before_torch_is_loaded():
     assert done.stdout == "False False\n"
 
 
-# 2. Bad input --------------------------------------------------------------------------------------------------------
+# 2. A dry run (bad input is in test_messages.py) ---------------------------------------------------------------------
 
-def test_dry_run_does_one_batch_and_one_save(drive, new_flags, capsys):
+
+def test_dry_run_does_one_batch_and_one_save_and_no_library_says_a_word(drive, new_flags, capfd):
     assert drive(*new_flags("--dry-run")) == 0
-    assert re.search(r"dry run: one batch \(loss \d+\.\d{3}, step taken\) and one save", capsys.readouterr().out)
+    out, err = capfd.readouterr()
+    assert re.search(r"dry run: one batch \(loss \d+\.\d{3}, step taken\) and one save", out)
+    ours = (RUN / "run.log").read_text().splitlines()
+    assert [line for line in out.splitlines() if line not in ours] == [] and err == ""
     assert read_checkpoint(list_checkpoints(RUN)[0]).payload["loop"]["epoch"] == 0
 
 

@@ -27,7 +27,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import FEW_TASKS, ROOT, comparable, differences, write_tasks
+from conftest import FEW_TASKS, PROGRESS_SECONDS, ROOT, comparable, differences, write_tasks
 from huggingface_hub import errors
 
 import model_persistence
@@ -785,7 +785,8 @@ def test_no_progress_hides_the_bar_and_the_lines(words, terminal, monkeypatch):
         assert ("Priors" in stream.getvalue()) is not hidden
 
 
-def test_progress_in_a_pipe_is_a_plain_line_now_and_then_with_the_time_that_is_left():
+def test_progress_in_a_pipe_is_a_plain_line_now_and_then_with_the_time_that_is_left(monkeypatch):
+    monkeypatch.setattr(report, "PROGRESS_SECONDS", PROGRESS_SECONDS)
     said: list[str] = []
     now = [0.0]
     bar = ProgressLines(said.append, 3232, "Epoch 3 (All Fixes)", 1850, "batch", 50, lambda: now[0])
