@@ -26,7 +26,7 @@ if __name__ == "__main__":  # --help, doctor, usage errors and missing packages 
         COMMAND = parse_command_line(sys.argv[1:])
     except ConfigError as problem:
         if SPEAKS:
-            Console().error(str(problem), problem.hint)
+            Console(color="--no-color" not in sys.argv).error(str(problem), problem.hint)
         sys.exit(2)
     if getattr(COMMAND, "verb", "") == "report":
         import report_command
