@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -68,6 +69,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device called auto, cpu, cuda, cuda:N or mps. Raises: DeviceError when it is not there."""
     if name == "auto":
         if torch.cuda.is_available():
+            _require_supported(torch.device("cuda", 0))
             return torch.device("cuda", 0)
         return torch.device("cpu")
     kind, _, index = name.partition(":")
@@ -79,6 +81,7 @@ def choose_device(name: str) -> torch.device:
             raise DeviceError(
                 f"--device {name}, but there are only {torch.cuda.device_count()} CUDA GPUs", "--device cuda:0"
             )
+        _require_supported(device)
         return device
     if kind == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("--device mps, but this machine has no Metal GPU", "--device cpu")
@@ -95,6 +98,34 @@ def _no_cuda(name: str) -> tuple[str, str]:
     if torch.version.cuda is None:
         return message, "this torch is the CPU build; see pytorch.org/get-started, or use --device cpu"
     return message, "--device cpu"
+
+
+def _require_supported(device: torch.device) -> None:
+    """Refuse a GPU that is older than all that this build of torch has code for. Raises: DeviceError.
+
+    A newer one may still run what is compiled for it when it is first used.
+    """
+    found = (re.match(r"(?:sm|compute)_(\d+)", name) for name in torch.cuda.get_arch_list())
+    built = [int(match[1]) for match in found if match]
+    major, minor = torch.cuda.get_device_capability(device)
+    if built and 10 * major + minor < min(built):
+        name = torch.cuda.get_device_name(device)
+        raise DeviceError(
+            f"{name} (sm_{major}{minor}) is not supported by this torch build (needs sm_{min(built)}+)",
+            "choose T4 x2 in Kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else "another GPU, or --device cpu")
+
+
+def device_fault(error: BaseException) -> DeviceError | None:
+    """Return what the user can do about an error that says that the device cannot compute this; None for any other."""
+    text = str(error)
+    if "no kernel image is available" in text:
+        return DeviceError("this torch build has no code for the GPU (no kernel image)",
+                           "another GPU, a torch built for this one (pytorch.org/get-started), or --device cpu")
+    operation = re.search(r"The operator '([\w:.]+)' is not currently \w+ (?:for|on) the MPS", text)
+    if operation:
+        return DeviceError(f"the device mps has no operation {operation[1]}",
+                           "PYTORCH_ENABLE_MPS_FALLBACK=1 or --device cpu")  # fmt: skip
+    return None
 
 
 def choose_runtime(device: torch.device, precision: str) -> Runtime:

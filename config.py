@@ -769,6 +769,8 @@ def resume_notes(saved: TrainConfig, now: TrainConfig) -> list[str]:
     why = {"data.data": "the same tasks", "data.solutions": "the same tasks"}
     if packing(saved.data) != packing(now.data):
         why |= dict.fromkeys(("data.batch_cells", "data.batch_size"), "no pair comes twice in this epoch")
+    if now.run.device == "cpu":
+        why["run.device"] = "allowed; a CPU is far slower than a GPU"
     told = [path for path in (*RESUME_FREE, "data.data", "data.solutions") if path not in RESUME_QUIET]
     return [
         f"{flag_of(path)[2:]} {_shown(old[path])} -> {_shown(new[path])} ({why.get(path, 'allowed')})"
@@ -790,7 +792,18 @@ def _shown(value: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandLine:
+class Talk:
+    """How a command talks: warnings and errors only, details too, tracebacks; whether in colour, and with progress."""
+
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+    color: bool = True
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine(Talk):
     """What the user typed to train. `explicit` holds the "section.field" of each setting given as a flag."""
 
     config: TrainConfig
@@ -800,13 +813,11 @@ class CommandLine:
     fresh: bool = False
     dry_run: bool = False
     smoke: bool = False
-    quiet: bool = False
-    debug: bool = False
     print_config: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerCommand:
+class AnswerCommand(Talk):
     """What the user typed after eval, predict, submit or report.
 
     sources: the files and folders to predict, or the runs to report on; typed: all of it, to be typed again.
@@ -819,12 +830,10 @@ class AnswerCommand:
     check: str = ""  # a submission to check instead of writing one
     json: bool = False
     typed: str = ""
-    quiet: bool = False
-    debug: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorCommand:
+class DoctorCommand(Talk):
     """What the user typed after doctor. `run`: the run to look at closely, by name or folder."""
 
     run: str = ""
@@ -833,8 +842,6 @@ class DoctorCommand:
     offline: bool = False
     out: str = "runs"
     cache_dir: str = ""
-    quiet: bool = False
-    debug: bool = False
 
 
 SMOKE = {"prompt.model": "tiny", "agent.preset": "tiny", "data.max_tasks": 16, "run.epochs": 1}
@@ -918,7 +925,22 @@ def _bare_parser(usage: str, description: str, epilog: str) -> tuple[argparse.Ar
     group.add_argument("--version", action="version", version=f"ARC-EFE {VERSION}", help="show the version and exit")
     group.add_argument("-q", "--quiet", action="store_true", help="print warnings and errors only")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group.add_argument("--no-color", dest="color", action="store_false", help="no colours, as with NO_COLOR=1")
     return parser, group
+
+
+def _add_progress(group: Any, details: str) -> None:
+    """Add the switches of the commands that take their time; `details` says what --verbose adds."""
+    group.add_argument("-v", "--verbose", action="store_true", help=f"print details too: {details}")
+    group.add_argument("--no-progress", dest="progress", action="store_false",
+                       help="no progress bar, and no lines of progress where there is no terminal")  # fmt: skip
+
+
+def _talk(typed: argparse.Namespace) -> dict[str, bool]:
+    """Return the fields of Talk that were typed. Raises: ConfigError for --quiet with --verbose."""
+    found = {item.name: getattr(typed, item.name, item.default) for item in dataclasses.fields(Talk)}
+    _require(not (found["quiet"] and found["verbose"]), "--quiet and --verbose exclude each other", "drop one of them")
+    return found
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -947,6 +969,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="go on with the newest unfinished run, or with RUN (name or folder); auto: start anew where there is none",
     )
     group.add_argument("--fresh", action="store_true", help="start a new run though an unfinished one exists")
+    _add_progress(group, "versions, each checkpoint, and rates, norms and times beside each log line")
     _add_settings(parser)
     return parser
 
@@ -989,6 +1012,7 @@ def build_answer_parser(verb: str) -> argparse.ArgumentParser:
         group.add_argument("--check", metavar="FILE", default="", help="check this submission instead of writing one")
     else:
         group.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+    _add_progress(group, "versions, what the answers depend on, and how long they take")
     settings = parser.add_argument_group("settings", AnswerConfig.__doc__)
     for item in dataclasses.fields(AnswerConfig):
         if item.name not in _NOT_OF[verb]:
@@ -1083,9 +1107,8 @@ def parse_command_line(argv: list[str] | None = None) -> CommandLine | AnswerCom
         fresh=typed.fresh,
         dry_run=typed.dry_run,
         smoke=typed.smoke,
-        quiet=typed.quiet,
-        debug=typed.debug,
         print_config=typed.print_config,
+        **_talk(typed),
     )
 
 
@@ -1124,7 +1147,7 @@ def _parse_answer(verb: str, argv: list[str]) -> AnswerCommand:
              "--data challenges.json")  # fmt: skip
     return AnswerCommand(verb=verb, config=config, explicit=set(given), sources=tuple(sources),
                          check=getattr(typed, "check", ""), json=getattr(typed, "json", False),
-                         typed=shlex.join([verb, *argv]), quiet=typed.quiet, debug=typed.debug)  # fmt: skip
+                         typed=shlex.join([verb, *argv]), **_talk(typed))  # fmt: skip
 
 
 def _parse_doctor(argv: list[str]) -> DoctorCommand:
@@ -1135,7 +1158,7 @@ def _parse_doctor(argv: list[str]) -> DoctorCommand:
         raise ConfigError(f'unexpected argument "{names[1]}"', "doctor looks at one run")
     given = {path.partition(".")[2]: value for path, value in _typed_values(all_settings(), vars(typed)).items()}
     _require_device(given.get("device", "auto"))
-    return DoctorCommand(run=names[0] if names else "", quiet=typed.quiet, debug=typed.debug, **given)
+    return DoctorCommand(run=names[0] if names else "", **_talk(typed), **given)
 
 
 # Files that others may have written.

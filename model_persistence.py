@@ -757,10 +757,12 @@ class RunLock:
 
     Raises on acquiring: CheckpointError with exit code 4 when another process trains the run, or when another host's
     heartbeat is younger than 120 s.
+    `left` is the last heartbeat (as time.time) of a process that died without releasing the run, None without one.
     """
 
     def __init__(self, run_dir: Path | str, *, clock: Callable[[], float] = time.time):
         self.path = Path(run_dir) / LOCK
+        self.left: float | None = None
         self._clock, self._descriptor, self._beaten = clock, -1, -float("inf")
 
     def acquire(self) -> RunLock:
@@ -779,7 +781,7 @@ class RunLock:
         except BaseException:
             os.close(descriptor)
             raise
-        self._descriptor = descriptor
+        self._descriptor, self.left = descriptor, holder.get("heartbeat")
         self._write()
         return self
 

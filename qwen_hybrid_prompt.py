@@ -413,7 +413,6 @@ def _set_pad_token(tokenizer: Any, name: str) -> None:
         hint = f"use --model {DEFAULT_QWEN} or tiny"
         raise ModelError(f"the tokenizer of {name} has neither a pad nor an eos token", hint)
     tokenizer.pad_token = tokenizer.eos_token
-    print(f"Setting pad_token_id to eos_token_id:{tokenizer.eos_token_id}")
 
 
 def _load_folder(folder: Path, config: PromptConfig) -> LanguageModel:

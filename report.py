@@ -1,8 +1,8 @@
-"""What a run tells: its folder, metrics log, console lines, progress bar, and the exact shape of each line.
+"""What a run tells: its folder, metrics log, console lines, progress, and the exact shape of each line.
 
-Imports the standard library and config only (tqdm inside `progress` and while a bar is shown); everything here works
-on plain numbers. Used by the driver and by evaluation. Results go to stdout and run.log; the bar, warnings and errors
-to stderr.
+Imports the standard library, config and terminal only (tqdm inside `progress` and while a bar is shown); everything
+here works on plain numbers. Used by the driver and by evaluation. Results go to stdout and run.log; progress, details,
+warnings and errors to stderr.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import traceback
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from time import time
+from time import monotonic, time
 from typing import IO, Any
 
-from config import UnsafeFileError, check_inflation, one_line, open_regular, parse_json, read_regular
+from config import Talk, UnsafeFileError, check_inflation, one_line, open_regular, parse_json, read_regular
+from terminal import supports_color
 
 PREDICTIONS = "predictions"  # folder of what validations leave for the report, in a run folder
 STATUSES = ("running", "paused", "interrupted", "finished", "failed")
@@ -37,6 +38,8 @@ MAX_TABLE = 16_000_000  # bytes of epochs.csv
 MAX_COLUMNS = 1000
 MAX_METRICS = 100_000_000  # bytes of metrics.jsonl to be read at once; it may be longer to be written to
 MAX_LINE = 1_000_000
+PROGRESS_SECONDS = 30.0  # least time between two lines of progress where no bar can be drawn
+LABEL_COLORS = {"error": "1;31", "warning": "33", "hint": "36"}  # bold red, yellow, cyan
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -115,13 +118,18 @@ def _cannot_read(path: str | Path, reason: str) -> RunFolderError:
     return RunFolderError(f"cannot read {path} ({reason})", "rename it, and a new one is begun")
 
 
+def on_drive(folder: str | Path) -> bool:
+    """Return whether a folder is, or would be, on Google Drive."""
+    folder = Path(folder).absolute()
+    return DRIVE in (folder, *folder.parents)
+
+
 def require_mounted(folder: str | Path) -> None:
     """Refuse a folder on Google Drive that is not mounted: it would be an ordinary folder, which dies with the machine.
 
     Raises: RunFolderError with the cell that mounts it.
     """
-    folder = Path(folder).absolute()
-    if DRIVE in (folder, *folder.parents) and not os.path.ismount(DRIVE):
+    if on_drive(folder) and not os.path.ismount(DRIVE):
         raise RunFolderError(
             f"{DRIVE} is not mounted; files written there would be lost",
             f"in a cell: from google.colab import drive; drive.mount('{DRIVE}')",
@@ -452,20 +460,66 @@ def in_colab() -> bool:
     return "COLAB_RELEASE_TAG" in os.environ or "COLAB_GPU" in os.environ
 
 
-def progress(total: int, desc: str, initial: int = 0, *, quiet: bool = False, leave: bool = True, unit: str = "batch"):
-    """Return a tqdm bar on stderr, hidden when quiet or when stderr is no terminal.
+class ProgressLines:
+    """Progress where no bar can be drawn, in a pipe or a file: a plain line now and then, with the time that is left.
 
-    Both `ncols` and `nrows` are given because a terminal of size 0x0, as Colab's, otherwise shows no bar (tqdm >= 4.68)
-    or one without its body (before).
+    There is a line every PROGRESS_SECONDS or every `every` units, whichever is later, and none at the end, which
+    other lines tell of. It has what the bars of tqdm are used for here.
     """
+
+    disable = True  # nothing to be drawn again after a line of the console
+
+    def __init__(self, say: Callable[[str], None], total: int, desc: str, initial: int, unit: str, every: int,
+                 clock: Callable[[], float] = monotonic):  # fmt: skip
+        self.total, self.n = total, initial
+        self._say, self._desc, self._unit, self._every, self._clock = say, desc, unit, every, clock
+        self._said = self._began = (clock(), initial)  # (when, count) of the last line, and of the start
+
+    def update(self, count: int = 1) -> None:
+        """Count so many more units as done."""
+        self.n += count
+        now = self._clock()
+        is_due = now - self._said[0] >= PROGRESS_SECONDS and self.n - self._said[1] >= self._every
+        if is_due and self._began[1] < self.n < self.total:
+            self._said = (now, self.n)
+            left = (now - self._began[0]) / (self.n - self._began[1]) * (self.total - self.n)
+            share = f"{100 * self.n // self.total} %"
+            self._say(f"{self._desc}: {self._unit} {self.n}/{self.total} ({share}), about {duration(left)} left")
+
+    def reset(self) -> None:
+        """Begin anew with nothing done."""
+        self.n = 0
+        self._said = self._began = (self._clock(), 0)
+
+    def close(self) -> None:
+        """End without a line."""
+
+
+def progress(
+    total: int,
+    desc: str,
+    initial: int = 0,
+    *,
+    hidden: bool = False,
+    leave: bool = True,
+    unit: str = "batch",
+    every: int = 1,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+):
+    """Return a tqdm bar on stderr, or `ProgressLines` that go to `say` where stderr is no terminal.
+
+    Hidden: a bar that shows nothing. Both `ncols` and `nrows` are given because a terminal of size 0x0, as Colab's,
+    otherwise shows no bar (tqdm >= 4.68) or one without its body (before).
+    """
+    stream = sys.stderr
+    if not (hidden or stream.isatty()):
+        return ProgressLines(say, total, desc, initial, unit, every)
     from tqdm import tqdm
 
-    stream = sys.stderr
     try:
         columns, rows = os.get_terminal_size(stream.fileno())
     except (OSError, ValueError, AttributeError):
         columns = rows = 0
-    hidden = {"disable": True} if quiet or not stream.isatty() else {}
     return tqdm(
         total=total,
         desc=desc,
@@ -477,7 +531,7 @@ def progress(total: int, desc: str, initial: int = 0, *, quiet: bool = False, le
         smoothing=0.05,
         ncols=columns - 1 if columns > 20 else 100,
         nrows=rows - 1 if rows > 3 else 24,
-        **hidden,
+        **({"disable": True} if hidden else {}),
     )
 
 
@@ -497,17 +551,26 @@ class Console:
 
     Lines said before `attach` names the log are written to it then. All text of the program is ASCII; characters of
     paths and names that the terminal cannot show become "?". Of several processes the first one speaks; from the others
-    (`process` above 0) only errors come, with the number of the process.
+    (`process` above 0) only errors come, with the number of the process. `verbose`: details as well; `color`: the
+    labels of complaints are coloured where the terminal shows colours; `progress`: progress is shown.
     """
 
-    def __init__(self, *, quiet: bool = False, process: int = 0):
+    def __init__(self, *, quiet: bool = False, verbose: bool = False, color: bool = True, progress: bool = True,
+                 process: int = 0):  # fmt: skip
         self.quiet, self.process = quiet or process > 0, process
+        self.verbose, self.color = verbose and process == 0, color
+        self._hides_progress = self.quiet or not progress
         self._log: IO[str] | None = None
         self._waiting: list[str] = []
         self._bar: Any = None
         self._lock = threading.RLock()  # held again by a signal handler that runs while its own thread writes
         _prepare(sys.stdout)
         _prepare(sys.stderr)
+
+    @classmethod
+    def of(cls, talk: Talk, process: int = 0) -> Console:
+        """Return the console that a command line asks for."""
+        return cls(quiet=talk.quiet, verbose=talk.verbose, color=talk.color, progress=talk.progress, process=process)
 
     def attach(self, log_path: str | Path) -> None:
         """Send all lines, also those said so far, to this log as well."""
@@ -535,6 +598,19 @@ class Console:
         """Say something the user should know though nothing is wrong."""
         self.say(f"note: {text}")
 
+    def detail(self, text: str) -> None:
+        """Say on stderr what only --verbose asks for."""
+        if self.verbose:
+            self._record(text)
+            self._show(text, sys.stderr)
+
+    def relay(self, line: str) -> None:
+        """Say the whole line of a part that knows no console; one that begins with "warning: " is a warning."""
+        if line.startswith("warning: "):
+            self.warn(line.removeprefix("warning: "))
+        else:
+            self.say(line)
+
     def warn(self, text: str, hint: str = "") -> None:
         """Print a warning, and what to do about it, on stderr."""
         if not self.process:
@@ -551,9 +627,11 @@ class Console:
         where = f"process {self.process}: " if self.process else ""
         self._complain("error", where + (str(error) or type(error).__name__), hint)
 
-    def progress(self, total: int, desc: str, initial: int = 0, *, leave: bool = True, unit: str = "batch"):
-        """Return a bar above which lines of this console are printed."""
-        self._bar = progress(total, desc, initial, quiet=self.quiet, leave=leave, unit=unit)
+    def progress(self, total: int, desc: str, initial: int = 0, *, leave: bool = True, unit: str = "batch",
+                 every: int = 1):  # fmt: skip
+        """Return a bar above which lines of this console are printed, or what stands for it without a terminal."""
+        self._bar = progress(total, desc, initial, hidden=self._hides_progress, leave=leave, unit=unit, every=every,
+                             say=lambda text: self._show(text, sys.stderr))  # fmt: skip
         return self._bar
 
     def end_progress(self) -> None:
@@ -562,10 +640,10 @@ class Console:
             self._bar.close()
 
     def _complain(self, kind: str, text: str, hint: str) -> None:
-        lines = [f"{kind}: {text}"] + ([f"hint: {hint}"] if hint else [])
-        for line in lines:
-            self._record(line)
-            self._show(line, sys.stderr)
+        for label, words in ((kind, text), ("hint", hint)):
+            if words or label == kind:
+                self._record(f"{label}: {words}")
+                self._show(f"{label}: {words}", sys.stderr, label)
 
     def _record(self, text: str) -> None:
         text = _harmless(text)
@@ -576,8 +654,11 @@ class Console:
                 with contextlib.suppress(OSError):  # of a full disk, which saving checkpoints complains about
                     self._log.write(text + "\n")
 
-    def _show(self, text: str, stream: IO[str]) -> None:
+    def _show(self, text: str, stream: IO[str], label: str = "") -> None:
+        """Write text to a stream, above the bar; its label, with which it begins, in colour where that shows."""
         text = _harmless(text)
+        if label and self.color and supports_color(stream, os.environ):
+            text = f"\x1b[{LABEL_COLORS[label]}m{label}\x1b[0m{text[len(label):]}"
         with self._lock:
             if self._bar is None or self._bar.disable:
                 stream.write(text + "\n")
@@ -604,6 +685,21 @@ def batch_line(batch: int, efe_loss: float, reward: float | None, qwen_grad: flo
         f"[Batch {batch:4d}] EFE_Loss: {_shape(efe_loss, '.3f')} | Reward: {_shape(reward, '+z.3f')}"
         f" | Qwen_grad: {_shape(qwen_grad, '.2e')} | Mask: {_shape(mask, '.3f')}"
     )
+
+
+def detail_line(numbers: dict[str, float | None], batch_seconds: float, gpu_gib: float | None) -> str:
+    """Return what --verbose adds to the log line of a batch; `numbers` is the record in metrics.jsonl."""
+    parts = [f"lr {_shape(numbers['lr'], '.2e')}", f"grad norm {_shape(numbers['grad_norm'], '.2e')}",
+             f"Qwen update {_shape(numbers['qwen_upd'], '.1e')}", f"skipped {_shape(numbers['skipped'], '.0f')}",
+             f"memory {_shape(numbers['memory'], '.0f')}", f"{batch_seconds:.3f} s per batch"]  # fmt: skip
+    return "  " + " | ".join(parts + ([] if gpu_gib is None else [f"GPU {gpu_gib:.1f} GiB"]))
+
+
+def packages_line() -> str:
+    """Return the versions of the packages, and the commit of the program."""
+    facts = environment()
+    found = ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)
+    return banner_line("packages", found + (f", commit {facts['git_commit'][:12]}" if facts["git_commit"] else ""))
 
 
 def epoch_summary(

@@ -1,7 +1,7 @@
 """Grids in a terminal: coloured half blocks, two rows of cells per line, or digits where the terminal has no colours.
 
-Pure functions that return text; nothing is printed here. Imports the standard library only. Used by verbs. Outside
-coloured grids all text is ASCII.
+Pure functions that return text; nothing is printed here. Imports the standard library only. Used by report and verbs.
+Outside coloured grids all text is ASCII.
 """
 
 from __future__ import annotations

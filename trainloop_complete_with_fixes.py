@@ -26,17 +26,17 @@ if __name__ == "__main__":  # --help, doctor, usage errors and missing packages 
         COMMAND = parse_command_line(sys.argv[1:])
     except ConfigError as problem:
         if SPEAKS:
-            Console().error(str(problem), problem.hint)
+            Console(color="--no-color" not in sys.argv).error(str(problem), problem.hint)
         sys.exit(2)
     if getattr(COMMAND, "verb", "") == "report":
         import report_command
 
-        sys.exit(report_command.answer(COMMAND, Console(quiet=COMMAND.quiet)))
+        sys.exit(report_command.answer(COMMAND, Console.of(COMMAND)))
     if isinstance(COMMAND, DoctorCommand):
-        sys.exit(doctor.examine(COMMAND, Console(quiet=COMMAND.quiet)))
+        sys.exit(doctor.examine(COMMAND, Console.of(COMMAND)))
     for fault, hint in doctor.package_faults():
         if SPEAKS:
-            Console().error(fault, hint)
+            Console.of(COMMAND).error(fault, hint)
         sys.exit(4)
 
 import contextlib
@@ -89,6 +89,7 @@ from arc_system import (
     build_optimizers,
     choose_device,
     choose_runtime,
+    device_fault,
     keyed_generator,
     learning_rate_scale,
     on_canvas,
@@ -102,6 +103,7 @@ from config import (
     VERSION,
     AnswerCommand,
     CommandLine,
+    DataConfig,
     TrainConfig,
     changed_flags,
     check_resume,
@@ -155,7 +157,15 @@ from model_persistence import (
 )
 from policy_refined import PolicyTerms
 from prior_store import core_count
-from protocols import TRAINED, VALIDATED, LeakError, load_protocol, pair_table, without_own_answers
+from protocols import (
+    TRAINED,
+    VALIDATED,
+    LeakError,
+    in_public_evaluation,
+    load_protocol,
+    pair_table,
+    without_own_answers,
+)
 from qwen_hybrid_prompt import ModelError
 from report import (
     MetricLog,
@@ -165,12 +175,16 @@ from report import (
     banner_line,
     batch_line,
     check_writable,
+    detail_line,
     duration,
     environment,
     file_size,
     full_summary,
+    on_drive,
+    packages_line,
     require_mounted,
     time_line,
+    write_json_atomic,
 )
 from report_page import write_report
 from run_backup import Backup, bring_back
@@ -187,6 +201,7 @@ PAGE_SHARE = 0.05  # of the time that pages may take
 SAMPLE = 24  # inputs on which the time of a validation is foretold
 TOO_LITTLE = 0.1  # of an epoch is not worth another validation
 MIN_RESERVE = 0.8  # of the time kept for the last validation must be left for it
+FEW_TASKS = 20
 EPOCHS_AHEAD = 20  # epochs whose batches are looked at before training when --max-batches leaves some out
 
 
@@ -860,7 +875,7 @@ def train_epoch(run: Run, epoch: int) -> int | None:
     run.sampler.continue_epoch(epoch, state.segments)
     total = run.batches(epoch)
     run.system.train()
-    bar = run.console.progress(total, f"Epoch {epoch} (All Fixes)", initial=state.batch)
+    bar = run.console.progress(total, f"Epoch {epoch} (All Fixes)", initial=state.batch, every=config.run.log_every)
     while state.batch < total:
         began, clocked = time.monotonic(), run.clock()
         rl_every = config.policy.rl_every
@@ -961,6 +976,7 @@ def count_step(run: Run, step: Step) -> None:
         )
         if state.bad_steps >= MAX_BAD_STEPS:
             tell_health(run, run.health.judge_window(window_numbers(run, means(state.window)), state.step))
+            describe_divergence(run, step)
             raise TrainingDiverged(f"training diverged: {MAX_BAD_STEPS} steps in a row were not finite")
         return
     state.bad_steps = 0
@@ -974,6 +990,17 @@ def count_step(run: Run, step: Step) -> None:
     if result.reward is not None:
         values |= {"reward": result.reward.mean(), "rewards": 1.0, "tied": result.policy.tied}
     state.add(values)
+
+
+def describe_divergence(run: Run, step: Step) -> None:
+    """Write diverged.json: all that is needed to compute the batch again that was not finite, and its terms."""
+    state, path = run.state, run.folder.path / "diverged.json"
+    pairs = [{"task": c.task_id, "pair": c.pair_id, **dataclasses.asdict(c.augmentation)} for c in step.contexts]
+    facts = {"epoch": state.epoch, "batch": state.batch, "step": state.step, "seed": run.config.run.seed,
+             "precision": run.runtime.precision, "loss": float(step.numbers.total.detach()),
+             "terms": {name: float(value) for name, value in step.numbers.terms.terms.items()}}  # fmt: skip
+    run.note(path.name, lambda: write_json_atomic(path, {**facts, "gradient_norm": step.update.norm, "pairs": pairs}))
+    run.console.note(f"the batch is described in {path}")
 
 
 OWN_COUNT = {"reward": "rewards", "tied": "rewards", "qwen_upd": "qwen_upds"}
@@ -1008,6 +1035,10 @@ def log_batch(run: Run, update: Update) -> None:
     if run.runtime.scaler.is_enabled():
         record["scale"] = run.runtime.scaler.get_scale()
     run.log.append(record)
+    if run.console.verbose:
+        device = run.runtime.device
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+        run.console.detail(detail_line(record, state.epoch_seconds / state.batch, peak))
     tell_health(run, run.health.judge_window(window_numbers(run, values), state.step))
     state.window = {}
     run.lock.heartbeat()
@@ -1295,6 +1326,10 @@ def save(run: Run, best: Weights | None = None, is_best_delta: bool = False) -> 
     facts = {"epoch": state.epoch, "batch": state.batch, "step": state.step, "best": dict(state.best)}
 
     def written() -> None:
+        if run.console.verbose:
+            path = run.store.path(facts["step"])
+            size, seconds = file_size(path.stat().st_size), run.store.seconds
+            run.console.detail(banner_line("saved", f"{path.name}, {size} in {seconds:.1f} s"))
         run.note("run.json", lambda: run.folder.set_status("running", **facts, flags=run.health.summary()))
         if run.backup is not None:
             run.backup.offer()
@@ -1610,11 +1645,11 @@ def open_run(setup: Setup, path: Path, run_id: str, console: Console, world: Wor
     if first:
         lock.acquire()
     log = MetricLog(folder.metrics_path) if first else NoMetrics()
-    store = CheckpointStore(path, keep=config.run.keep, run_id=run_id, writes=first, say=console.say)
+    store = CheckpointStore(path, keep=config.run.keep, run_id=run_id, writes=first, say=console.relay)
     saver = Saver(store, folder.best, config.run.save_every, share=config.run.save_share,
                   minutes=config.run.save_minutes, fault=fault_of)  # fmt: skip
     target = Path(config.run.backup).expanduser()
-    backup = Backup(path, target, store.run_id, console.say) if config.run.backup and first else None
+    backup = Backup(path, target, store.run_id, console.relay) if config.run.backup and first else None
     seen = {TRAINED: pair_table(setup.data.tasks, "train"), VALIDATED: pair_table(setup.data.validation, "test")}
     return Run(
         config=config, console=console, folder=folder, log=log, lock=lock, runtime=runtime, store=store, saver=saver,
@@ -1627,12 +1662,14 @@ def open_run(setup: Setup, path: Path, run_id: str, console: Console, world: Wor
 
 def main(command: CommandLine | AnswerCommand) -> int:
     """Run a command line; return the exit code."""
-    console = Console(quiet=command.quiet)
+    console = Console.of(command)
     try:
         world = World.of(os.environ)
-        console = Console(quiet=command.quiet, process=world.rank)
+        console = Console.of(command, world.rank)
         if not world.is_first:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends): of what libraries print
+        if console.verbose:
+            console.detail(packages_line())
         if isinstance(command, AnswerCommand):
             require_alone(world)
             return verbs.run(command, console)
@@ -1658,6 +1695,8 @@ def main(command: CommandLine | AnswerCommand) -> int:
             error = OutOfMemory(str(shortage(problem, device)), advice(command.config)).with_traceback(
                 problem.__traceback__
             )
+        elif fault := device_fault(problem):
+            error = fault.with_traceback(problem.__traceback__)
         known = exit_code(error)
         hint = "" if known else "this is a bug: run again with --debug for the traceback"
         console.error(error, hint, debug=command.debug)
@@ -1717,6 +1756,11 @@ def start(command: CommandLine, console: Console, world: World = ALONE) -> int:
             console.say(f"run {run.folder.name} already finished {done}; raise --epochs to go on", always=True)
             return 0
         return run_session(run, command, resumed_at)
+    except BaseException:
+        if world.is_first:  # the traceback belongs into run.log also when the session has not begun
+            with contextlib.suppress(RunFolderError):  # a log that cannot be written must not hide the error itself
+                console.attach(run.folder.log_path)
+        raise
     finally:
         run.close()
         if command.dry_run and world.is_first:
@@ -1736,6 +1780,11 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
     console.say(banner_line("run", f"{folder.path}   (seed {config.run.seed})"))
     console.say("[OK] All models created")
     run.world.first(lambda: require_space(run), exit_code)
+    if run.world.is_first and not command.smoke:
+        warn_of_data(run)
+    if on_drive(folder.path):
+        console.note("--out is on Google Drive, which may drop out in the middle of a run; a folder of this machine,"
+                     " with --backup on the Drive, survives that")  # fmt: skip
     if run.backup is not None:
         run.backup.offer()
     if command.dry_run:
@@ -1756,6 +1805,20 @@ def run_session(run: Run, command: CommandLine, resumed_at: str) -> int:
             for word, flags in (("next", "--epochs 20 --device cuda"), ("no GPU", "--epochs 1")):
                 console.say(banner_line(word, f"python {Path(__file__).name} {flags}"))
     return code
+
+
+def warn_of_data(run: Run) -> None:
+    """Warn of tasks that are too few to learn from, and of those that a score should be kept for."""
+    tasks, data = run.sampler.tasks, run.config.data
+    if len(tasks) < FEW_TASKS:
+        run.console.warn(f"{len(tasks)} tasks are few to train on; what a score on them says holds for them alone",
+                         f"take {FEW_TASKS} or more")  # fmt: skip
+    if data.protocol or data.data == DataConfig.data:  # the first sees to it, the second holds none
+        return
+    count = in_public_evaluation(tasks)
+    if count:
+        run.console.warn(f"{count} of the training tasks are in the public evaluation set; the evaluation score will"
+                         " not be honest", "--protocol arc2-eval trains on all that may be trained on")  # fmt: skip
 
 
 def suggest_resume(out: Path, console: Console) -> None:
@@ -1791,12 +1854,22 @@ def resume_from_checkpoint(run: Run, chosen: RunChoice) -> str:
                           f"--epochs {state.epoch + 1} or more")  # fmt: skip
     adapt(run, from_dict(TrainConfig, checkpoint.payload["config"]))
     where = f"epoch {state.epoch}, batch {state.batch}/{run.batches(state.epoch)}"
+    if chosen.status == "running":
+        note_sudden_end(run, checkpoint)
     saved = f"{datetime.fromtimestamp(checkpoint.saved_at):%Y-%m-%d %H:%M:%S}"
     run.console.say(banner_line("resume", f"{run.folder.name}, {where}, from {checkpoint.path.name} of {saved}"))
     if state.best:
         exact = f"{state.best['exact']:.0f} of {len(run.items)} exact"
         run.console.say(banner_line("best", f"{exact} after epoch {state.best['epoch']:.0f}"))
     return where
+
+
+def note_sudden_end(run: Run, checkpoint: Checkpoint) -> None:
+    """Say that the last session was killed, and how much of its work is lost where its lock tells."""
+    after = (run.lock.left or 0.0) - checkpoint.saved_at
+    when = f", {duration(after)} or more after its last checkpoint" if after >= 1 else ""
+    run.console.note(f"the previous session of {run.folder.name} ended without saying goodbye (likely a disconnect or"
+                     f" out of RAM){when}")  # fmt: skip
 
 
 def computed_on(runtime: Runtime) -> dict[str, str]:

@@ -36,7 +36,7 @@ from page_parts import counted
 from protocols import VALIDATED, Comparison, compare, load_protocol, require_unseen, status_line, within_line
 from report import Console, banner_line, check_writable, duration, file_size, write_json_atomic
 from scoring import check_submission, copy_input, one_color, score, score_lines, write_submission
-from terminal import Panel, choose_style, plain_text, probabilities_line, side_by_side
+from terminal import ASCII, Panel, choose_style, plain_text, probabilities_line, side_by_side
 
 STOPPING = "stopping after these tasks ... (press again to stop at once; what is done is kept)"
 
@@ -76,6 +76,11 @@ def open_solver(command: AnswerCommand, console: Console) -> Solver:
     solver = Solver.load(answers=command.config, warn=console.warn)
     views = f"{len(solver.views)} views, refine {command.config.refine}"
     tell(command, console, banner_line("weights", f"{solver.folder}, {views}, {solver.runtime.device}"))
+    settings = solver.answers
+    samples = solver.system.config.evaluation.refine_samples
+    console.detail(banner_line("answers", f"{samples} samples, {settings.refine_steps} steps on"
+                   f" {settings.refine_weights}, confidence {settings.answer_confidence:g}, batches of"
+                   f" {solver.batch_cells} cells, {solver.runtime.precision}"))  # fmt: skip
     return solver
 
 
@@ -101,6 +106,8 @@ def answer(
         progress = Progress(bar.update, session.is_over, console.warn, session.failed)
         answers = solver.solve(tasks, progress, kept)
         bar.close()
+        console.detail(banner_line("answered", f"{len(answers)} of {len(tasks)} tasks after"
+                                   f" {duration(time.monotonic() - session.started)}"))  # fmt: skip
     finally:
         session.stop.release()
         solver.close()
@@ -137,10 +144,10 @@ def work_key(solver: Solver, tasks: Sequence[ArcTask]) -> str:
 
 def evaluate_run(command: AnswerCommand, console: Console) -> int:
     """Score a run on tasks with answers that it has not seen, beside the baselines."""
+    given = given_tasks(command)  # before weights are looked for
     check_writable(command.config.out)
     solver = open_solver(command, console)
-    name, tasks, allowed = scored_tasks(command, solver)
-    require_answers(tasks)  # before an hour is spent on tasks that nobody can score
+    name, tasks, allowed = given or protocol_tasks(command, solver)
     comparison = compare(tasks, solver.seen.pairs)
     require_unseen(comparison, name, allowed)
     out = Path(command.config.out)
@@ -180,14 +187,25 @@ def show_scores(
     console.say(f"done in {duration(seconds)}; written {out / file_name(name)}.scores.json and .submission.json")
 
 
-def scored_tasks(command: AnswerCommand, solver: Solver) -> tuple[str, list[ArcTask], tuple[str, ...]]:
-    """Return the name of what is scored, its tasks, and as what their answers may have been seen.
+Scored = tuple[str, list[ArcTask], tuple[str, ...]]
 
-    Raises: ConfigError when neither the command nor the weights name any tasks.
+
+def given_tasks(command: AnswerCommand) -> Scored | None:
+    """Return the name of what is scored, its tasks, and as what their answers may have been seen; None without --data.
+
+    Raises: DataError for a task without answers.
     """
     config = command.config
-    if config.data:
-        return config.data, select_tasks(load_tasks(config.data, config.solutions), config.max_tasks), ()
+    if not config.data:
+        return None
+    tasks = select_tasks(load_tasks(config.data, config.solutions), config.max_tasks)
+    require_answers(tasks)
+    return config.data, tasks, ()
+
+
+def protocol_tasks(command: AnswerCommand, solver: Solver) -> Scored:
+    """Return the same of the protocol that the command or the weights name. Raises: ConfigError without one."""
+    config = command.config
     name = config.protocol or str(solver.facts.get("protocol") or "arc2")
     if not config.protocol and not solver.facts.get("protocol") and not is_arc2(solver):
         raise ConfigError("the weights name no protocol, so it is not known what to score",
@@ -282,7 +300,8 @@ def prediction(task: ArcTask, solved: Sequence[Solved], trust: Trust) -> dict[st
 
 def show_task(console: Console, task: ArcTask, solved: Sequence[Solved], trust: Trust, out: Path) -> None:
     """Print input and attempts of a task, how likely they are, and how far to trust them."""
-    style, width = choose_style(sys.stdout, os.environ), shutil.get_terminal_size().columns
+    style = choose_style(sys.stdout, os.environ) if console.color else ASCII
+    width = shutil.get_terminal_size().columns
     shown, asked = counted(len(task.train), "train pair"), counted(len(task.test), "test input")
     console.say(f"{plain_text(task.id)}: {shown}, {asked}")
     for pair, found in zip(task.test, solved, strict=True):

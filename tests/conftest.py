@@ -10,11 +10,13 @@ import os
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # before numpy; the tests measure the time of one thread
+os.environ.pop("FORCE_COLOR", None)  # messages are compared as they are without colours
 
 import contextlib
 import importlib
 import io
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import report
 import trainloop_complete_with_fixes as driver
 from arc_data import ArcTask, TaskSampler, load_tasks, select_tasks
 from config import TrainConfig, parse_command_line, resolve
@@ -34,6 +37,7 @@ from model_persistence import list_checkpoints, read_checkpoint, snapshot
 from report import Console
 
 ROOT = Path(driver.__file__).resolve().parent
+FEW_TASKS, PROGRESS_SECONDS = driver.FEW_TASKS, report.PROGRESS_SECONDS  # as they are outside the tests
 SMALL = ("--model", "tiny", "--preset", "tiny", "--width", "32", "--read-blocks", "1", "--num-steps", "2",
          "--prompt-dim", "16", "--batch-size", "4")  # fmt: skip
 
@@ -48,9 +52,14 @@ def benchmark(request: pytest.FixtureRequest) -> ModuleType:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the driver's priors away from the user's cache folder."""
+def own_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the driver's priors away from the user's cache folder, and what depends on the machine off the screen.
+
+    Nor are eight tasks called few here.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "FEW_TASKS", 0)
+        patch.setattr(report, "PROGRESS_SECONDS", math.inf)
         patch.setenv("ARC_CACHE_DIR", str(tmp_path_factory.mktemp("priors")))
         yield
 

@@ -138,6 +138,7 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Pretended GPU")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"])
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
     return pretend
@@ -180,6 +181,18 @@ def test_missing_gpu_in_colab_says_where_to_click(gpus, monkeypatch):
         with pytest.raises(DeviceError) as error:
             choose_device("cuda")
         assert "Change runtime type" in error.value.hint
+
+
+def test_gpu_older_than_the_torch_build_is_refused_and_a_newer_one_is_not(gpus, monkeypatch):
+    for capability in ((7, 5), (8, 6), (13, 0)):
+        gpus(2, capability)
+        assert choose_device("cuda:1").index == 1 and choose_device("auto").index == 0
+    gpus(2, (7, 0))
+    for name in ("auto", "cuda", "cuda:1"):
+        with pytest.raises(DeviceError, match=r"^Pretended GPU \(sm_70\) is not supported .*needs sm_75\+"):
+            choose_device(name)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["gfx90a"])  # another maker's card: no such numbers
+    assert choose_device("auto").type == "cuda"
 
 
 def test_gpu_number_out_of_range_is_refused(gpus):

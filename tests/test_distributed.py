@@ -334,6 +334,8 @@ def test_each_process_has_a_gpu_of_its_own_or_the_cpu(monkeypatch):
         with pytest.raises(ConfigError, match=f"--device {name} with 4 processes"):
             driver.process_device(name, world)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert driver.process_device("auto", world) == torch.device("cuda", 1) == driver.process_device("cuda", world)

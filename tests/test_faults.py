@@ -184,16 +184,6 @@ def test_a_run_folder_that_was_copied_elsewhere_goes_on_there_with_the_same_bits
     assert not Path("runs").exists()
 
 
-def test_every_checkpoint_damaged_is_exit_5_and_deletes_nothing(reference, drive, tmp_path, capsys):
-    copy = shutil.copytree(reference.path.parent, tmp_path / "runs") / "demo"
-    for path in list_checkpoints(copy):
-        path.write_bytes(path.read_bytes()[:-100])
-    names = sorted(path.name for path in (copy / "checkpoints").iterdir())
-    assert drive("--resume") == 5
-    assert "none has a loadable checkpoint" in capsys.readouterr().err
-    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == names
-
-
 def test_a_run_folder_that_becomes_read_only_is_a_warning(build, monkeypatch, capsys):
     run = build("--save-every", "1")
     run.console.quiet = False
@@ -213,7 +203,7 @@ def test_a_run_folder_that_becomes_read_only_is_a_warning(build, monkeypatch, ca
         driver.save(run)
         run.saver.wait()
     assert run.store.failed_saves == 1 and [path.name for path in list_checkpoints(RUN)] == ["step_000000000.pt"]
-    assert "checkpoint of step 1 not saved (Read-only file system)" in capsys.readouterr().out
+    assert "warning: checkpoint of step 1 not saved (Read-only file system)" in capsys.readouterr().err
     driver.save(run)
     run.saver.wait()
     assert run.store.failed_saves == 0 and run.saver.saved_step == 1

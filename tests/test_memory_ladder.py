@@ -115,23 +115,6 @@ def take(run: driver.Run, k: int) -> driver.Step:
     return driver.take_step(run, 0, k, driver.Moment(k, 0.0, True), watch_qwen=False)
 
 
-def test_ladder_is_walked_in_order_and_ends_with_an_error(drive, new_flags, memory_for, capsys):
-    memory_for(0)
-    assert drive(*new_flags("--epochs", 1, "--batch-size", 3)) == 1
-    where = "warning: out of GPU memory (1.50 GiB more) at epoch 0 batch 0; repeating the batch "
-    assert [line for line in capsys.readouterr().err.splitlines() if line] == [
-        where + "after emptying the cache",
-        where + "in 2 parts",
-        where + "in 3 parts",
-        where + "with the language model's activations recomputed",
-        where + "with prompts of at most 96 tokens",
-        where + "with prompts of at most 48 tokens",
-        "error: out of GPU memory: needs ~15.9 of 14.7 GiB at batch 1",
-        "hint: a new run with --train-llm lora",
-    ]
-    assert [path.name for path in list_checkpoints(RUN)] == ["step_000000000.pt"]  # from before the first batch
-
-
 def test_step_that_does_not_fit_leaves_no_trace(build, monkeypatch):
     run = build()
     for k in range(3):

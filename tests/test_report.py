@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import math
 import os
+import re
+import struct
 import subprocess
 import sys
+import termios
 from datetime import datetime
 from pathlib import Path
 
@@ -303,18 +307,20 @@ def test_no_bar_without_a_terminal(capsys):
 BAR = """
 import sys
 from report import Console
-console = Console(quiet="quiet" in sys.argv)
+console = Console(quiet="quiet" in sys.argv, progress="no-progress" not in sys.argv)
 bar = console.progress(3232, "Epoch 0 (All Fixes)", initial=1600)
 console.say("[Batch   50] line")
 bar.update(16)
-bar.refresh()
+if not bar.disable:
+    bar.refresh()
 bar.close()
 """
 
 
-def run_in_terminal_without_size(*argv: str) -> str:
-    """Return what a pty of size 0x0, as Colab's, shows of the script above."""
+def run_in_terminal(*argv: str, rows: int = 0, columns: int = 0) -> str:
+    """Return what a pty of a size (default: 0x0, as Colab's) shows of the script above."""
     ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     process = subprocess.Popen(
         [sys.executable, "-c", BAR, *argv], cwd=ROOT, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL
     )
@@ -331,14 +337,28 @@ def run_in_terminal_without_size(*argv: str) -> str:
     return shown.decode()
 
 
-def test_bar_is_visible_in_a_terminal_of_size_zero():
-    shown = run_in_terminal_without_size()
+@pytest.mark.parametrize(("rows", "columns", "width"), [(0, 0, 100), (24, 80, 79), (50, 132, 131)])
+def test_bar_is_visible_in_terminals_of_any_size_and_goes_on_at_the_count_of_a_resume(rows, columns, width):
+    shown = run_in_terminal(rows=rows, columns=columns)
     assert "Epoch 0 (All Fixes):  50%|" in shown and "| 1616/3232 [" in shown
+    bars = [frame for frame in re.split(r"[\r\n]+", shown) if frame.startswith("Epoch 0")]
+    assert all(len(bar) == width for bar in bars) and "| 1600/3232 [" in bars[0]
+    assert "\r\n\r\n" not in shown.replace("\r\n[", "[").rstrip()  # no empty lines in place of bars
     assert "\n[Batch   50] line\r\n" in shown.replace("\r[", "\n[")
 
 
-def test_quiet_hides_the_bar():
-    assert run_in_terminal_without_size("quiet") == ""
+@pytest.mark.parametrize(("word", "rest"), [("quiet", ""), ("no-progress", "[Batch   50] line\r\n")])
+def test_quiet_and_no_progress_hide_the_bar(word, rest):
+    assert run_in_terminal(word) == rest
+
+
+def test_a_pipe_gets_lines_without_control_characters(monkeypatch, capfd):
+    monkeypatch.setattr(report, "PROGRESS_SECONDS", 0.0)
+    names: dict = {}
+    exec(BAR, names)
+    out, err = capfd.readouterr()
+    assert out == "[Batch   50] line\n"
+    assert re.fullmatch(r"Epoch 0 \(All Fixes\): batch 1616/3232 \(50 %\), about \d+ s left\n", err)
 
 
 def test_bar_refreshes_slowly_in_colab(monkeypatch):

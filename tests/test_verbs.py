@@ -74,8 +74,10 @@ def test_predict_shows_a_task_and_writes_it(answer, unseen, tmp_path, capsys):
 
 def test_predict_json_prints_the_submission_format_alone(answer, unseen, tmp_path, capsys):
     write_tasks(tmp_path / "mine", unseen)
-    assert answer("predict", "mine", *QUICK, "--json") == 0
-    table = json.loads(capsys.readouterr().out)
+    assert answer("predict", "mine", *QUICK, "--json", "-v") == 0
+    said = capsys.readouterr()
+    table = json.loads(said.out)
+    assert [line.split()[0] for line in said.err.splitlines()] == ["packages", "answers", "answered"]
     assert {k: len(v) for k, v in table.items()} == {t.id: len(t.test) for t in unseen}
     assert all(set(output) == {"attempt_1", "attempt_2"} for outputs in table.values() for output in outputs)
 
