@@ -41,6 +41,7 @@ if __name__ == "__main__":  # --help, doctor, usage errors and missing packages 
 
 import contextlib
 import dataclasses
+import functools
 import math
 import shutil
 import signal
@@ -118,7 +119,7 @@ from config import (
     with_values,
 )
 from distributed import ALONE, WHOLE, Ended, PeerError, Share, World, fingerprint, share_of
-from evaluate import baselines, validate
+from evaluate import baselines, plan_back, validate
 from gallery import Gallery
 from grid_accuracy_loss import Trajectory, cell_accuracy, exact_match, parameter_count
 from health import Change, Health
@@ -953,7 +954,8 @@ def run_validation(run: Run) -> dict[str, float]:
     if run.baselines is None:
         run.baselines = run.world.first(lambda: baselines(run.items, run.system.prior))
     bar = run.console.progress(-(-len(run.items) // run.world.size), "Validation", leave=False, unit="pair")
-    gallery = Gallery(run.items, run.system.memory, run.sampler.tasks)
+    back = functools.partial(plan_back, run.system, run.runtime) if run.system.plans_backward else None
+    gallery = Gallery(run.items, run.system.memory, run.sampler.tasks, back)
     with run.average.swapped():
         scores = validate_within_memory(run, bar, gallery)
     bar.close()

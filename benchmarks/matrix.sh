@@ -18,7 +18,8 @@ passed and failed, or why it could not be built. Exit code 1 when a test failed 
   --full          run the whole suite (default: one short run of the program, and the tests that versions break first)
   --tests "A B"   test files to run instead
   --dir DIR       where to build (default: a new temporary folder)
-  --keep          leave the environments there (default: each is deleted after its tests)
+  --keep          leave the environments there (default: each is deleted after its tests); with the same --dir they
+                  are used again
   --list          print the environments, and build none
   --help          show this text
 
@@ -43,7 +44,7 @@ torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 # python_of VERSION: print the interpreter's path; fails where there is none.
 python_of() {
     local found
-    if found=$(command -v "python$1"); then
+    if found=$(command -v "python$1") && "$found" -c "" 2>/dev/null; then  # a shim may stand for one that is not there
         echo "$found"
     elif command -v uv >/dev/null && uv python install --quiet "$1" 2>/dev/null; then
         uv python find "$1"
