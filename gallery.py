@@ -183,7 +183,8 @@ def planning_steps(prediction: Prediction, rows: Sequence[int]) -> list[list[lis
 def belief_steps(beliefs: Tensor, is_cell: Tensor) -> list[list[list[str]]]:
     """Return for each row [grid, confidence] of every step of beliefs [N, T, H, W, C], as text.
 
-    Shown are the cells where is_cell [N, H, W]. The confidence of a cell is the probability of its colour, in tenths and rounded down, at most 9.
+    Shown are the cells where is_cell [N, H, W]. The confidence of a cell is the probability of its colour, in tenths
+    and rounded down, at most 9.
     """
     best, colors = beliefs.float().softmax(-1).max(-1)
     inside = is_cell[:, None].expand_as(colors)

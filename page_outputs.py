@@ -205,7 +205,7 @@ def backward(output: Output) -> str:
     drawn = "".join(image(belief_png(*step), *shape_of(step[0]), f"back {number}",
                           f"back {number}: {share} of the input")
                     for number, (step, share) in enumerate(zip(steps, found, strict=True), start=1))  # fmt: skip
-    words = f"planned back from its last step, {found[-1]} of the input found"
+    words = f"planned back from its last step in the last epoch, {found[-1]} of the input found"
     return f'<details><summary>{words}</summary><div class="grids">{drawn}{grid_image(source, "input")}</div></details>'
 
 
@@ -475,7 +475,7 @@ def distribution(title: str, values: Sequence[float]) -> str:
     """
     if not values:
         return ""
-    end = sorted(map(abs, values))[int(0.99 * (len(values) - 1))] or max(map(abs, values)) or 1.0
+    end = float(f"{sorted(map(abs, values))[int(0.99 * (len(values) - 1))] or max(map(abs, values)) or 1.0:.3g}")
     bars = 21  # an odd number, so that one bar holds 0
     counts = [0] * bars
     for value in values:

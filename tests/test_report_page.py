@@ -260,7 +260,7 @@ def test_rewards_sizes_free_energy_and_the_way_back_are_on_the_page(tmp_path):
     true = len(Facts(RunRecord.read(run)).outputs[0].grid("target").split("/"))
     assert f"<title>true {true}, predicted 5: " in html
     assert "EFE 0.750 nats per cell (risk 0.250, ambiguity 0.500)" in text and 'data-v="0.75"' in html
-    assert text.count("planned back from its last step, 100") == 3 and "back 2: 100" in text
+    assert text.count("planned back from its last step in the last epoch, 100") == 3 and "back 2: 100" in text
 
 
 def test_a_file_without_the_new_numbers_gives_a_page_without_them(tmp_path):
