@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -16,9 +17,9 @@ import torch
 from conftest import Lab, comparable, differences
 
 import trainloop_complete_with_fixes as driver
-from arc_data import ArcTask, collate, test_contexts
+from arc_data import PAD, ArcTask, collate, test_contexts
 from distributed import ALONE
-from evaluate import collect, plan_back, predict, validate
+from evaluate import Tally, collect, judge_beside_prior, plan_back, predict, validate
 from gallery import SAMPLE, Gallery, cut, grid_text, planning_steps, sample_of
 from loss_function import expected_free_energy
 from run_record import RunRecord, cells_of, is_grid, shape_of, union_cells
@@ -83,7 +84,6 @@ def test_rows_are_what_was_scored(watched, tmp_path):
         assert row["exact"] == (row["first"] == target) and row["two"] == (target in (row["first"], row["second"]))
         assert row["size"] == (shape_of(row["first"]) == answer.shape)
         assert bool(row["reward"]) <= ("unrefined" in row) and row["risk"] >= 0 and row["ambiguity"] > 0
-    assert any(row["reward"] for row in rows)
 
 
 def test_tasks_are_written_once_and_joined_when_others_are_validated(watched, tasks, tmp_path):
@@ -139,10 +139,27 @@ def test_the_backward_steps_go_from_the_planned_grid_to_the_input(watched, tmp_p
     assert [len(r["backward"]) for r in rows] == [lab.config.agent.num_steps] * len(rows)
 
 
+def test_the_reward_of_an_output_is_what_refining_gained_in_potential(watched):
+    lab, items, _, _ = watched
+    query, answer = collate([c for c, _ in items[:3]], [a for _, a in items[:3]])
+    lab.system.eval()
+    made = predict(lab.system, query, lab.runtime)
+    lab.system.train()
+    other = torch.where(made.grid == PAD, PAD, (made.grid + 1) % 10)
+    tallies = [Tally(), Tally(), Tally()]
+    for tally, grid, unrefined in zip(tallies, (made.grid, other, made.grid), (made.grid, other, other), strict=True):
+        judged = dataclasses.replace(made, grid=grid, unrefined=unrefined)
+        judge_beside_prior(tally, judged, query, answer, lab.config.reward)
+    better, worse, both = tallies
+    expected = better.values("potential") - worse.values("potential")
+    assert both.values("reward") == pytest.approx(expected, abs=1e-6)
+    assert (both.values("reward") > 0).any() and not better.values("reward").any()
+
+
 def test_the_free_energy_of_single_outputs_has_the_mean_of_the_loss(make_lab):
     lab = make_lab()
     query, answer = lab.batch()
-    result = driver.train_step(lab.system, query, answer, driver.Moment(0, 0.0, False))
+    result = driver.train_step(lab.system, query, answer, driver.Moment(0, 4.0, False))  # all terms weigh
     _, preference = lab.system.read(query, result.scene, answer.target_size, answer.canvas, answer.shapes)
     found = expected_free_energy(result.trajectory, preference, lab.config.loss.preference_floor)
     for name, values in zip(("risk", "ambiguity"), found, strict=True):
