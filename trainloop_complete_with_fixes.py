@@ -661,6 +661,7 @@ class Run:
         """Finish what is being written, and free the run folder, the priors' file and the signals."""
         try:
             self.saver.wait()
+            self.tracker.close()  # so that the backup knows all that was sent
             if self.backup is not None:
                 self.backup.offer()
                 self.backup.close()
