@@ -90,6 +90,11 @@ class RunConfig:
     keep: int = setting(5, "checkpoints to keep; fewer when one exceeds 500 MB", low=2)
     backup: str = setting("", "second folder (Google Drive, for one) that gets a verified copy of each new checkpoint")
     log_every: int = setting(50, "batches between log lines; one is also written at each epoch's last batch", low=1)
+    report_to: str = setting(
+        "none",
+        "also send the records of metrics.jsonl to tensorboard (event files in the run folder's tb/), wandb or trackio",
+        choices=("none", "tensorboard", "wandb", "trackio"),
+    )
     eval_every: int = setting(1, "epochs between validations; the last epoch is always validated", low=1)
     eval_tasks: int = setting(0, "validate on at most this many tasks, chosen by hash; 0: all", low=0)
 
@@ -413,7 +418,7 @@ RESUME_FIXED = (
 
 # Settings that a resume may change without a word: where files lie, how often to look, when to stop.
 RESUME_QUIET = (
-    "run.save_minutes", "run.save_share", "run.backup",
+    "run.save_minutes", "run.save_share", "run.backup", "run.report_to",
     "run.max_hours", "run.out", "run.cache_dir", "run.save_every", "run.keep", "run.log_every", "run.eval_every",
     "run.eval_tasks", "prompt.offline", "evaluation.views",
 )  # fmt: skip

@@ -31,6 +31,7 @@ from arc_system import ARCSystem, Runtime, Scene, canvas_for, keyed_generator, o
 from config import RewardConfig
 from distributed import ALONE, World
 from grid_accuracy_loss import Reading, Trajectory, cell_accuracy, cell_nats, exact_match, grid_sizes
+from loss_function import expected_free_energy
 from policy_refined import leave_one_out_advantage
 from prior_cache import PriorCache
 from reward_shaping import cells_union, color_counts, potentials, skill
@@ -462,8 +463,10 @@ def judge_beside_prior(
     tally.add("at_once", at_once)
     tally.add("at_once_exact", first & at_once)
     tally.add("at_once_planned", is_exact(prediction.planned) & at_once)
-    tally.add("potential", potential(prediction.grid))
+    reached = potential(prediction.grid)
+    tally.add("potential", reached)
     tally.add("potential_prior", potential(best))
+    tally.add("reward", reached - potential(prediction.unrefined))
 
 
 def compare(tally: Tally, name: str, ours: Tensor, prior: Tensor) -> None:
@@ -517,19 +520,39 @@ def look_at_true_size(
     """Add cells, nats and the prompt gap with the true output size given; none of it is a prediction."""
     scene, refined = prediction.scene, prediction.embedding
     with runtime.autocast():
-        reading, _ = system.read(query, scene, answer.target_size, answer.canvas, answer.shapes)
+        reading, preference = system.read(query, scene, answer.target_size, answer.canvas, answer.shapes)
         own, plain = system.plan(scene, reading, refined), system.plan(scene, reading, scene.embedding)
         shuffled = system.plan(scene, reading, refined.roll(len(query) // 2, 0)) if len(query) > 1 else None
     right, cells = cell_accuracy(own.decode(), answer.target)
     tally.add("cells_true", right / cells)
     nats = cell_nats(own.final(), answer.target)
     tally.add("nats", nats)
+    for name, value in zip(
+        ("risk", "ambiguity"), expected_free_energy(own, preference, system.config.loss.preference_floor), strict=True
+    ):
+        tally.add(name, value)
     tally.add("unrefined_nats", cell_nats(plain.final(), answer.target))
     prior = system.prior.preferences(query, answer.shapes, answer.canvas).to(runtime.device)
     tally.add("prior_nats", cell_nats(prior, answer.target))
     if shuffled is not None:
         tally.add("paired_nats", nats)
         tally.add("shuffled_nats", cell_nats(shuffled.final(), answer.target))
+
+
+@torch.no_grad()
+def plan_back(
+    system: ARCSystem, runtime: Runtime, contexts: Sequence[Context], grids: Sequence[Grid], prompts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return how the backward planner goes from the grids to the inputs, under the prompts [B, Dp].
+
+    Beliefs [B, T, H, W, C] of colours, entry t is b_t, and the inputs [B, H, W] that b_0 should be. Only looks.
+    """
+    query, guess = collate(list(contexts), list(grids))
+    query, guess = query.to(runtime.device), guess.to(runtime.device)
+    with evaluation_mode(system), runtime.autocast():
+        beliefs = system.agent.plan_backward(query, guess.target, guess.target_size, prompts)
+    height, width = query.input.shape[1:]
+    return beliefs[:, :, :height, :width], query.input
 
 
 # Baselines that need no training -------------------------------------------------------------------------------------

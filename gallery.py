@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arc_data import PAD, ArcTask, Query
+from arc_data import PAD, ArcTask, Context, Query
 from arc_system import to_host
 from config import UnsafeFileError, parse_json, read_regular
 from evaluate import Item, Prediction, Tally
@@ -34,7 +34,9 @@ NUMBERS = {
     "exact": "exact", "two_exact": "two", "size": "size", "exact_prior": "prior", "two_exact_prior": "prior_two",
     "planned_exact": "planned", "at_once": "at_once", "steps": "steps", "after": "cells", "before": "unrefined_cells",
     "cells_true": "cells_true", "nats": "nats", "unrefined_nats": "unrefined_nats", "prior_nats": "prior_nats",
+    "risk": "risk", "ambiguity": "ambiguity", "reward": "reward",
 }  # fmt: skip
+PlanBack = Callable[[Sequence[Context], Sequence[np.ndarray], Tensor], tuple[Tensor, Tensor]]
 COUNTS = ("exact", "two", "size", "prior", "prior_two", "planned", "at_once", "steps")
 
 
@@ -61,11 +63,14 @@ def sample_of(items: Sequence[Item]) -> frozenset[int]:
 class Gallery:
     """A `Watcher` of one validation of `items`, and the writer of its files.
 
-    `tasks` hold the pairs that the memory may have learned from.
+    `tasks` hold the pairs that the memory may have learned from. `back` is `evaluate.plan_back` for a system, None
+    where the backward planner is not trained.
     """
 
-    def __init__(self, items: Sequence[Item], memory: MemoryBuffer, tasks: Iterable[ArcTask]):
-        self.items, self.memory = items, memory
+    def __init__(
+        self, items: Sequence[Item], memory: MemoryBuffer, tasks: Iterable[ArcTask], back: PlanBack | None = None
+    ):
+        self.items, self.memory, self._back = items, memory, back
         self.sample = sample_of(items)
         self._pairs = {(t.id, f"train:{i}"): pair for t in tasks for i, pair in enumerate(t.train)}
         self._entries = {entry["number"]: entry for entry in memory.entries()}
@@ -84,6 +89,12 @@ class Gallery:
         if rows:
             for row, steps in zip(rows, planning_steps(prediction, rows), strict=True):
                 tally.kept[batch[row]] |= {"planning": steps, "neighbours": self._recalled(recall, row)}
+            if self._back is not None:
+                contexts = [self.items[batch[row]][0] for row in rows]
+                planned = [cut(grid).astype(np.uint8) for grid in prediction.planned[rows].to(torch.int8).cpu().numpy()]
+                beliefs, inputs = self._back(contexts, planned, prediction.embedding[rows])
+                for row, steps in zip(rows, belief_steps(beliefs, inputs != PAD), strict=True):
+                    tally.kept[batch[row]]["backward"] = steps[::-1]
 
     def finish(self, tally: Tally) -> None:
         """Take the tally of all outputs."""
@@ -163,14 +174,20 @@ class Gallery:
 
 
 def planning_steps(prediction: Prediction, rows: Sequence[int]) -> list[list[list[str]]]:
-    """Return for each of the rows [grid, confidence] of every planning step, as text.
-
-    The confidence of a cell is the probability of its colour, in tenths and rounded down, at most 9.
-    """
+    """Return for each of the rows [grid, confidence] of every planning step, as text; see `belief_steps`."""
     chosen = torch.tensor(rows, device=prediction.beliefs.device)
-    best, colors = prediction.beliefs[chosen].float().softmax(-1).max(-1)
-    height, width = colors.shape[-2:]
-    inside = (prediction.planned[chosen, :height, :width] != PAD)[:, None].expand_as(colors)
+    height, width = prediction.beliefs.shape[2:4]
+    return belief_steps(prediction.beliefs[chosen], prediction.planned[chosen, :height, :width] != PAD)
+
+
+def belief_steps(beliefs: Tensor, is_cell: Tensor) -> list[list[list[str]]]:
+    """Return for each row [grid, confidence] of every step of beliefs [N, T, H, W, C], as text.
+
+    Shown are the cells where is_cell [N, H, W]. The confidence of a cell is the probability of its colour, in tenths
+    and rounded down, at most 9.
+    """
+    best, colors = beliefs.float().softmax(-1).max(-1)
+    inside = is_cell[:, None].expand_as(colors)
 
     def texts(values: Tensor) -> list[list[str]]:
         cells = torch.where(inside, values, PAD).to(torch.int8).cpu().numpy()

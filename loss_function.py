@@ -181,6 +181,19 @@ def log_predictive(log_state: Tensor, log_likelihood: Tensor) -> Tensor:
     return torch.logsumexp(log_state[..., None] + log_likelihood, -2)
 
 
+@torch.no_grad()
+def expected_free_energy(trajectory: Trajectory, preference: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Return (L_risk, L_ambiguity) of each sample as they are, without weights, to be looked at; both [B].
+
+    Shapes:  preference (log C) [B, H, W, C]
+    Units:   nats per valid cell; their sum is the expected free energy
+    """
+    mask = trajectory.mask
+    log_likelihood = torch.log_softmax(full_precision(trajectory.likelihood_logits), -1)
+    doubt = ambiguity(log_belief(trajectory.state_logits, mask), log_likelihood, mask)
+    return risk(log_belief(trajectory.forward, mask), preference, mask, floor), doubt
+
+
 def info_gain(log_state: Tensor, log_likelihood: Tensor, mask: Tensor) -> Tensor:
     """Return H(Q(o)) - L_ambiguity >= 0 [B], what an observation tells about the state; logged, not part of the loss.
 

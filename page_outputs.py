@@ -38,6 +38,10 @@ ROWS_BYTES = 2_800_000  # of the gallery of all outputs
 FRAMES_BYTES = 900_000  # of the epochs behind the slider
 MAX_FRAMES = 30
 SIZES = ((3, "up to 3"), (10, "4 to 10"), (20, "11 to 20"), (30, "21 to 30"))  # the longer side of an output
+SCATTER_TEXTS = (
+    (38, 274, "middle", "1"), (270, 274, "middle", "30"), (150, 274, "middle", "true"), (24, 255, "end", "1"),
+    (24, 23, "end", "30"), (34, 12, "start", "predicted"),
+)  # fmt: skip
 MEANING = {"w": "wrong", "f": "made right by the refinement", "b": "made wrong by the refinement", "s": "sizes differ",
            "r": "right"}  # fmt: skip
 KINDS = {"solved": "solved", "nearly": "nearly solved (95 % of the cells)", "size": "wrong size",
@@ -97,7 +101,7 @@ def sample_card(output: Output, number: int) -> str:
     return (
         f'<div class="card" data-stop="" tabindex="-1" data-card="{number}"><h3>{esc(name_of(output))}</h3>'
         f'<p class="said">{esc(caption_of(output))}</p><div class="grids">{context}{"".join(pictures)}</div>'
-        f"{demonstrations(output)}{neighbours(output)}</div>\n"
+        f"{backward(output)}{demonstrations(output)}{neighbours(output)}</div>\n"
     )
 
 
@@ -144,6 +148,9 @@ def caption_of(output: Output) -> str:
         parts.append(f"refinement {signed(100 * output.delta, 1)} points")
     steps = f"{counted(int(output.number('steps') or 0), 'planning step')} counted"
     parts.append("answered at once by the prior" if output.flag("at_once") else steps)
+    if output.efe is not None:
+        risk, doubt = (fixed(output.number(name)) for name in ("risk", "ambiguity"))
+        parts.append(f"EFE {fixed(output.efe)} nats per cell (risk {risk}, ambiguity {doubt})")
     parts += [KINDS[kind] for kind in output.kinds if kind in ("nearly", "copy")]
     return "; ".join(parts)
 
@@ -187,6 +194,19 @@ def _frame(facts: Facts, epoch: int, cards: Sequence[Output], numbers: dict[str,
         rows.append([caption_of(output), [numbers.setdefault(p[0], len(numbers)) for p in pictures],
                      [caption for *_, caption in pictures]])  # fmt: skip
     return rows
+
+
+def backward(output: Output) -> str:
+    """Return how the backward planner goes from the planned grid to the input in the last epoch, folded."""
+    steps, source = output.record.get("backward", []), output.grid("input")
+    if not steps or not source:
+        return ""
+    found = [percent(union_cells(grid, source), 0) for grid, _ in steps]
+    drawn = "".join(image(belief_png(*step), *shape_of(step[0]), f"back {number}",
+                          f"back {number}: {share} of the input")
+                    for number, (step, share) in enumerate(zip(steps, found, strict=True), start=1))  # fmt: skip
+    words = f"planned back from its last step in the last epoch, {found[-1]} of the input found"
+    return f'<details><summary>{words}</summary><div class="grids">{drawn}{grid_image(source, "input")}</div></details>'
 
 
 def demonstrations(output: Output) -> str:
@@ -276,7 +296,7 @@ def section_table(facts: Facts) -> str:
     if not facts.outputs:
         return ""
     head = ("task", "test", "demos", "input", "output", "predicted", "exact", "two", "prior", "cells",
-            "cells, plain prompt", "refinement", "cells, true size", "nats", "nats, prior", "steps",
+            "cells, plain prompt", "refinement", "reward", "cells, true size", "nats", "nats, prior", "EFE", "steps",
             "recalled")  # fmt: skip
     rows = "".join(f"<tr>{''.join(table_cells(output))}</tr>" for output in facts.outputs)
     top = "".join(f'<th scope="col">{esc(name)}</th>' for name in head)
@@ -309,8 +329,9 @@ def table_cells(output: Output) -> list[str]:
         f'<td class="t"><code>{esc(output.key[0])}</code></td>', f"<td>{output.key[1]}</td>",
         f"<td>{len(demos) if demos else DASH}</td>", size(output.grid("input")), size(output.grid("target")),
         size(output.grid("first")), mark("exact"), mark("two"), mark("prior"), value(output.number("cells")),
-        value(output.number("unrefined_cells")), value(output.delta, 3, True), value(output.number("cells_true")),
-        value(output.number("nats")), value(output.number("prior_nats")), value(output.number("steps"), 0),
+        value(output.number("unrefined_cells")), value(output.delta, 3, True),
+        value(output.number("reward"), 3, True), value(output.number("cells_true")), value(output.number("nats")),
+        value(output.number("prior_nats")), value(output.efe), value(output.number("steps"), 0),
         f"<td>{DASH if recalled is None else len(recalled)}</td>",
     ]  # fmt: skip
 
@@ -386,10 +407,40 @@ def wrong_sizes(outputs: Sequence[Output]) -> str:
     counts = Counter((shape_of(o.grid("target")), shape_of(o.grid("first"))) for o in outputs)
     wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]]
     if not wrong:
-        return "<h3>Sizes</h3><p>All sizes are right.</p>"
+        return f"<h3>Sizes</h3><p>All sizes are right.</p>{size_scatter(counts)}"
     rows = [["{}x{}".format(*true), "{}x{}".format(*found), str(count)] for (true, found), count in wrong[:12]]
     said = f"{sum(count for _, count in wrong)} wrong sizes of {len(outputs)}; the most frequent ones:"
-    return f"<h3>Sizes</h3><p>{said}</p>{table(('true size', 'predicted', 'outputs'), rows)}"
+    return f"<h3>Sizes</h3><p>{said}</p>{table(('true size', 'predicted', 'outputs'), rows)}{size_scatter(counts)}"
+
+
+def size_scatter(counts: Mapping[tuple[tuple[int, int], tuple[int, int]], int]) -> str:
+    """Return a picture of the predicted rows and columns over the true ones; a dot's area is its number of outputs.
+
+    counts: of each pair (true size, predicted size).
+    """
+    panels = []
+    for place, word in enumerate(("rows", "columns")):
+        sides: Counter[tuple[int, int]] = Counter()
+        for (true, found), count in counts.items():
+            sides[true[place], found[place]] += count
+        most = max(sides.values())
+        dots = "".join(
+            f'<circle cx="{30 + 8 * true}" cy="{260 - 8 * found}" r="{1.5 + 4.5 * math.sqrt(count / most):.1f}"'
+            f' opacity=".7"><title>true {true}, predicted {found}: {counted(count, "output")}</title></circle>'
+            for (true, found), count in sorted(sides.items())
+        )
+        texts = "".join(
+            f'<text class="dim" x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
+            for x, y, anchor, text in SCATTER_TEXTS
+        )
+        title = f"{word}: predicted over true"
+        panels.append(
+            f'<div class="curve"><h4>{title}, up to {most} outputs a dot</h4><svg viewBox="0 0 300 280" role="img"'
+            f' aria-label="{title}"><line class="axis" x1="30" x2="280" y1="260" y2="260"/>'
+            f'<line class="axis" x1="30" x2="30" y1="15" y2="260"/>'
+            f'<line class="level" x1="38" x2="270" y1="252" y2="20"/>{dots}{texts}</svg></div>'
+        )
+    return f'<div class="curves">{"".join(panels)}</div>'
 
 
 # 8. Refinement and memory --------------------------------------------------------------------------------------------
@@ -410,9 +461,29 @@ def section_refinement(facts: Facts) -> str:
         f" exact), hurt {len(hurt)} ({lost} were exact before), and left the cells of {len(facts.shown) - len(changed)}"
         f" as they were. Mean {gained} points of cells, 95 % interval {low} to {high}."
     )
-    parts = [f"<h3>{title}</h3>{''.join(map(before_and_after, some))}"
+    rewards = [value for o in facts.outputs if (value := o.number("reward")) is not None]
+    parts = [distribution("reward of the refinement, output by output", rewards)]
+    parts += [f"<h3>{title}</h3>{''.join(map(before_and_after, some))}"
              for title, some in (("Helped most", helped[::-1][:6]), ("Hurt most", hurt[:6])) if some]  # fmt: skip
     return f"<section><h2>What the refined prompt is worth</h2><p>{esc(said)}</p>{''.join(parts)}</section>\n"
+
+
+def distribution(title: str, values: Sequence[float]) -> str:
+    """Return bars of how often each value occurs, around 0, which a line marks; nothing where there are no values.
+
+    The outer bars also hold what lies beyond: the range is that of all values but the 1 % largest in size.
+    """
+    if not values:
+        return ""
+    end = float(f"{sorted(map(abs, values))[int(0.99 * (len(values) - 1))] or max(map(abs, values)) or 1.0:.3g}")
+    bars = 21  # an odd number, so that one bar holds 0
+    counts = [0] * bars
+    for value in values:
+        counts[min(max(int((value / end + 1) / 2 * bars), 0), bars - 1)] += 1
+    below, above = sum(value < 0 for value in values), sum(value > 0 for value in values)
+    said = f"below 0: {below}; 0: {len(values) - below - above}; above 0: {above}"
+    drawn = histogram(title, counts, end, 0.0, "", -end)
+    return f'<div class="curves">{drawn}</div><p class="dim">{esc(said)}</p>'
 
 
 def before_and_after(output: Output) -> str:
@@ -466,8 +537,10 @@ def entry_words(entry: Mapping[str, Any]) -> str:
     return f"{used}score {fixed(score, 2)}, gain {signed(gain, 3)}"
 
 
-def histogram(title: str, counts: Any, end: float, line: float | None = None, name: str = "") -> str:
-    """Return bars of counts over equal parts of 0 to `end`, with a vertical line; nothing where there are no counts."""
+def histogram(
+    title: str, counts: Any, end: float, line: float | None = None, name: str = "", start: float = 0.0
+) -> str:
+    """Return bars of counts over equal parts of `start` to `end`, with a vertical line; nothing without counts."""
     values = [numeric(count) for count in counts] if isinstance(counts, list) else []
     if not values or None in values or len(values) > 100 or not max(values):
         return ""
@@ -478,10 +551,10 @@ def histogram(title: str, counts: Any, end: float, line: float | None = None, na
         for i, value in enumerate(values)
     )
     if line is not None:
-        x = 10 + 300 * min(max(line / end, 0.0), 1.0)
+        x = 10 + 300 * min(max((line - start) / (end - start), 0.0), 1.0)
         bars += f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="12" y2="{base}"/>' \
             f'<text class="dim" x="{x:.1f}" y="9" text-anchor="end">{esc(name)} {line:.3g}</text>'  # fmt: skip
     ends = "".join(f'<text class="dim" x="{x}" y="122" text-anchor="{side}">{value:g}</text>'
-                   for x, side, value in ((10, "start", 0.0), (310, "end", end)))  # fmt: skip
+                   for x, side, value in ((10, "start", start), (310, "end", end)))  # fmt: skip
     return f'<div class="curve"><h4>{esc(title)}, at most {max(values):.0f}</h4><svg viewBox="0 0 320 128" role="img"' \
         f' aria-label="{esc(title)}">{bars}{ends}</svg></div>'  # fmt: skip

@@ -314,13 +314,18 @@ class MetricLog:
     """metrics.jsonl: one JSON object per line, written through at once.
 
     A line that a crash cut short is removed when the log is opened; lines that a full disk refuses are written later.
-    `clock` gives the field "t" (seconds).
+    `clock` gives the field "t" (seconds); `also` gets each object as well, "t" included.
     Raises: RunFolderError when something else lies in its place.
     """
 
-    def __init__(self, path: str | Path, clock: Callable[[], float] = time):
+    def __init__(
+        self,
+        path: str | Path,
+        clock: Callable[[], float] = time,
+        also: Callable[[dict[str, Any]], object] | None = None,
+    ):
         self.path = Path(path)
-        self._clock = clock
+        self._clock, self._also = clock, also
         self._waiting = b""
         try:
             descriptor = open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
@@ -331,7 +336,10 @@ class MetricLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one object; "t" comes first unless the record has its own. Non-finite floats become strings."""
-        line = json.dumps(_plain({"t": round(self._clock(), 3), **record}), allow_nan=False, separators=(",", ":"))
+        record = {"t": round(self._clock(), 3), **record}
+        if self._also is not None:
+            self._also(record)
+        line = json.dumps(_plain(record), allow_nan=False, separators=(",", ":"))
         self._waiting += line.encode() + b"\n"
         size, written = self.offset(), 0
         with contextlib.suppress(OSError):  # of a full disk, which saving checkpoints complains about

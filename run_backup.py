@@ -37,7 +37,7 @@ RETRY_SECONDS = 60.0
 HANGING_SECONDS = 300.0
 CHUNK = 2**22
 # In this order: best weights and logs before the checkpoint that they are at least as new as.
-SMALL_FILES = ("config.json", "env.json", "run.log", "metrics.jsonl", "epochs.csv", "run.json")
+SMALL_FILES = ("config.json", "env.json", "run.log", "metrics.jsonl", "epochs.csv", "trackers.json", "run.json")
 PAGES = ("report.html", "curves.png")
 BEST_FILES = ("best/model.safetensors", "best/config.json", f"{CHECKPOINTS}/{BEST_DELTA}")
 

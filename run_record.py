@@ -138,6 +138,12 @@ class Output:
         """Return the first attempt under the prompt as written."""
         return self.grid("unrefined") or self.grid("first")
 
+    @property
+    def efe(self) -> float | None:
+        """Return the expected free energy, risk and ambiguity in nats per cell; None where it is unknown."""
+        parts = [self.number(name) for name in ("risk", "ambiguity")]
+        return None if None in parts else sum(parts)
+
     @cached_property
     def delta(self) -> float:
         """Return the cells that the refinement gained."""
@@ -173,13 +179,15 @@ def _usable(record: Mapping[str, Any]) -> bool:
     """Return whether a line about an output can be shown: names of the right kind, and grids that are grids."""
     named = isinstance(record.get("task"), str) and isinstance(record.get("test"), int)
     pairs, neighbours = record.get("demonstrations", []), record.get("neighbours", [])
-    planning = record.get("planning", [])
-    lists = all(isinstance(value, list) for value in (pairs, neighbours, planning))
+    planning, backward = record.get("planning", []), record.get("backward", [])
+    if not all(isinstance(value, list) for value in (pairs, neighbours, planning, backward)):
+        return False
+    steps = [*planning, *backward]
     return (
-        named and lists
+        named
         and all(is_grid(record[name]) for name in GRIDS if name in record)
-        and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_grid, pair)) for pair in (*pairs, *planning))
-        and all(shape_of(step[0]) == shape_of(step[1]) for step in planning)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_grid, pair)) for pair in (*pairs, *steps))
+        and all(shape_of(step[0]) == shape_of(step[1]) for step in steps)
         and all(map(_is_entry, neighbours))
     )  # fmt: skip
 

@@ -41,6 +41,7 @@ if __name__ == "__main__":  # --help, doctor, usage errors and missing packages 
 
 import contextlib
 import dataclasses
+import functools
 import math
 import shutil
 import signal
@@ -121,7 +122,7 @@ from config import (
     with_values,
 )
 from distributed import ALONE, WHOLE, Ended, PeerError, Share, World, fingerprint, share_of
-from evaluate import Item, baselines, validate
+from evaluate import Item, baselines, plan_back, validate
 from gallery import Gallery
 from grid_accuracy_loss import Trajectory, cell_accuracy, exact_match, parameter_count
 from health import Change, Health
@@ -191,6 +192,7 @@ from run_backup import Backup, bring_back
 from run_pictures import write_curves
 from session_time import RESERVE, Costs, Pace
 from solver2 import Candidates
+from trackers import Tracker, TrackerError, make_tracker, require_tracker
 from voting import choose_views, validate_votes
 
 SMALLER_BATCHES = "--resume with a smaller --batch-cells, or in one process, which goes on with smaller parts"
@@ -657,6 +659,7 @@ class Run:
     console: Console
     folder: RunFolder
     log: MetricLog
+    tracker: Tracker  # gets what the log gets
     store: CheckpointStore
     saver: Saver
     backup: Backup | None
@@ -696,10 +699,12 @@ class Run:
         """Finish what is being written, and free the run folder, the priors' file and the signals."""
         try:
             self.saver.wait()
+            self.tracker.close()  # so that the backup knows all that was sent
             if self.backup is not None:
                 self.backup.offer()
                 self.backup.close()
         finally:
+            self.tracker.close()
             self.system.prior.close()
             self.log.close()
             self.lock.release()
@@ -1095,7 +1100,8 @@ def run_validation(run: Run, last: bool = False) -> dict[str, float]:
     if run.baselines is None:
         run.baselines = run.world.first(lambda: baselines(run.items, run.system.prior))
     bar = run.console.progress(-(-len(run.items) // run.world.size), "Validation", leave=False, unit="pair")
-    gallery = Gallery(run.items, run.system.memory, run.sampler.tasks)
+    back = functools.partial(plan_back, run.system, run.runtime) if run.system.plans_backward else None
+    gallery = Gallery(run.items, run.system.memory, run.sampler.tasks, back)
     try:
         with run.average.swapped():
             scores = validate_within_memory(run, run.items, bar, run.world, gallery)
@@ -1444,6 +1450,7 @@ def restore(run: Run, payload: dict[str, Any]) -> None:
     run.state = LoopState(**loop)
     set_rng_state(payload["rng"])
     run.log.truncate(payload["metrics_offset"])
+    run.tracker.go_back(run.state.step, run.folder.metrics_path)
 
 
 def end_session(run: Run) -> int:
@@ -1540,6 +1547,7 @@ def settle(
     resolved = resolve(config, device.type, memory)
     if chosen is not None:
         check_resume(same_data(from_dict(TrainConfig, saved), resolved, chosen.path), resolved, chosen.path.name)
+    require_tracker(resolved.run.report_to)
     use_deterministic(resolved.run.deterministic)
     runtime = choose_runtime(device, resolved.run.precision)
     console.say(f"ARC-EFE {VERSION} | Python {sys.version.split()[0]} | torch {torch.__version__}")
@@ -1644,7 +1652,8 @@ def open_run(setup: Setup, path: Path, run_id: str, console: Console, world: Wor
     folder, lock = RunFolder(path, writes=first), RunLock(path)
     if first:
         lock.acquire()
-    log = MetricLog(folder.metrics_path) if first else NoMetrics()
+    tracker = make_tracker(config.run.report_to if first else "none", path, to_dict(config), console.warn)
+    log = MetricLog(folder.metrics_path, also=tracker.send) if first else NoMetrics()
     store = CheckpointStore(path, keep=config.run.keep, run_id=run_id, writes=first, say=console.relay)
     saver = Saver(store, folder.best, config.run.save_every, share=config.run.save_share,
                   minutes=config.run.save_minutes, fault=fault_of)  # fmt: skip
@@ -1652,8 +1661,8 @@ def open_run(setup: Setup, path: Path, run_id: str, console: Console, world: Wor
     backup = Backup(path, target, store.run_id, console.relay) if config.run.backup and first else None
     seen = {TRAINED: pair_table(setup.data.tasks, "train"), VALIDATED: pair_table(setup.data.validation, "test")}
     return Run(
-        config=config, console=console, folder=folder, log=log, lock=lock, runtime=runtime, store=store, saver=saver,
-        backup=backup, system=system, optimizers=build_optimizers(system),
+        config=config, console=console, folder=folder, log=log, tracker=tracker, lock=lock, runtime=runtime,
+        store=store, saver=saver, backup=backup, system=system, optimizers=build_optimizers(system),
         average=WeightAverage(system, config.optim.ema), sampler=setup.sampler, items=setup.items,
         state=LoopState(**computed_on(runtime), processes=world.size), stop=StopFlag(console.say),
         data_hash=setup.data.hash, seen=seen, world=world,
@@ -1709,8 +1718,8 @@ def exit_code(error: Exception) -> int:
     """Return the documented exit code of an error that we raise, 0 for one that only a bug raises."""
     if isinstance(error, CheckpointError):
         return error.exit_code
-    codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4, LeakError: 2,
-             TrainingDiverged: 1, OutOfMemory: 1, PeerError: 1}  # fmt: skip
+    codes = {ConfigError: 2, DataError: 3, DeviceError: 4, ModelError: 4, RunFolderError: 4, TrackerError: 4,
+             LeakError: 2, TrainingDiverged: 1, OutOfMemory: 1, PeerError: 1}  # fmt: skip
     return next((code for kind, code in codes.items() if isinstance(error, kind)), 0)
 
 

@@ -92,6 +92,8 @@ def defined_tests() -> frozenset[str]:
 def flags_of_script(script: Path) -> set[str]:
     """Return the flags that a script's source declares; the driver's too where it passes on what it does not know."""
     source = script.read_text(encoding="utf-8")
+    if script.suffix == ".sh":
+        return set(re.findall(r"^ +(?:-\w \| )?(--[\w-]+)\)", source, re.MULTILINE))
     for other in re.findall(r"\b(\w+)\.parser_of\(", source):  # flags that another script declares for both
         shared = script.with_name(f"{other}.py").read_text(encoding="utf-8")
         source += re.search(r"^def parser_of\(.*?^    return parser$", shared, re.DOTALL | re.MULTILINE)[0]
@@ -130,7 +132,7 @@ def missing_files(text: str) -> list[str]:
 def unknown_flags(text: str) -> set[str]:
     """Return the flags that neither the driver, a benchmark nor torchrun has, without those of commands of pytest."""
     text = re.sub(r"python -m pytest\b[^\n`]*", "", text)
-    benchmarks = (flags_of_script(script) for script in (ROOT / "benchmarks").glob("*.py"))
+    benchmarks = (flags_of_script(script) for script in (ROOT / "benchmarks").glob("*.[ps][yh]"))
     known = flags_of_driver().union(flags_of_torchrun(), *benchmarks)
     return set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text)) - known
 

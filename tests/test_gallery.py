@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -15,10 +17,11 @@ import torch
 from conftest import Lab, comparable, differences
 
 import trainloop_complete_with_fixes as driver
-from arc_data import ArcTask, collate, test_contexts
+from arc_data import PAD, ArcTask, collate, test_contexts
 from distributed import ALONE
-from evaluate import collect, predict, validate
+from evaluate import Tally, collect, judge_beside_prior, plan_back, predict, validate
 from gallery import SAMPLE, Gallery, cut, grid_text, planning_steps, sample_of
+from loss_function import expected_free_energy
 from run_record import RunRecord, cells_of, is_grid, shape_of, union_cells
 from solver2 import Candidates
 
@@ -34,7 +37,7 @@ def watched(make_lab, tasks) -> tuple[Lab, list, Gallery, dict]:
         lab.step(k, rewarded=False)
     remember(lab, tasks)
     items = test_contexts(tasks)
-    gallery = Gallery(items, lab.system.memory, tasks)
+    gallery = Gallery(items, lab.system.memory, tasks, functools.partial(plan_back, lab.system, lab.runtime))
     scores = validate(lab.system, lab.runtime, items, 4096, watcher=gallery)
     return lab, items, gallery, scores
 
@@ -80,6 +83,7 @@ def test_rows_are_what_was_scored(watched, tmp_path):
         assert row["unrefined_cells"] == pytest.approx(union_cells(unrefined, target), abs=1e-5)
         assert row["exact"] == (row["first"] == target) and row["two"] == (target in (row["first"], row["second"]))
         assert row["size"] == (shape_of(row["first"]) == answer.shape)
+        assert bool(row["reward"]) <= ("unrefined" in row) and row["risk"] >= 0 and row["ambiguity"] > 0
 
 
 def test_tasks_are_written_once_and_joined_when_others_are_validated(watched, tasks, tmp_path):
@@ -115,6 +119,52 @@ def test_the_planning_steps_are_those_of_the_trajectory(watched):
         best = prediction.beliefs[row, -1, :height, :width].softmax(-1).amax(-1)
         assert cells_of(steps[place][-1][1]) == "".join(str(min(int(p * 10), 9)) for p in best.flatten().tolist())
     lab.system.train()
+
+
+def test_the_backward_steps_go_from_the_planned_grid_to_the_input(watched, tmp_path):
+    lab, items, gallery, _ = watched
+    gallery.write(tmp_path, epoch=0, step=1)
+    _, *rows = lines(tmp_path / "predictions" / "epoch_0000.jsonl")
+    row, (context, _) = rows[2], items[2]
+    planned = np.array([list(map(int, line)) for line in row["planning"][-1][0].split("/")], np.uint8)
+    query, _ = collate([context], [planned])
+    lab.system.eval()
+    prompt = predict(lab.system, query, lab.runtime).embedding
+    lab.system.train()
+    beliefs, inputs = plan_back(lab.system, lab.runtime, [context], [planned], prompt)
+    assert grid_text(cut(inputs[0].numpy().astype(np.int8))) == grid_text(context.input)
+    height, width = context.input.shape
+    nearest = beliefs[0, 0, :height, :width].argmax(-1).numpy().astype(np.uint8)  # b_0, which should be the input
+    assert row["backward"][-1][0] == grid_text(nearest)
+    assert [len(r["backward"]) for r in rows] == [lab.config.agent.num_steps] * len(rows)
+
+
+def test_the_reward_of_an_output_is_what_refining_gained_in_potential(watched):
+    lab, items, _, _ = watched
+    query, answer = collate([c for c, _ in items[:3]], [a for _, a in items[:3]])
+    lab.system.eval()
+    made = predict(lab.system, query, lab.runtime)
+    lab.system.train()
+    other = torch.where(made.grid == PAD, PAD, (made.grid + 1) % 10)
+    tallies = [Tally(), Tally(), Tally()]
+    for tally, grid, unrefined in zip(tallies, (made.grid, other, made.grid), (made.grid, other, other), strict=True):
+        judged = dataclasses.replace(made, grid=grid, unrefined=unrefined)
+        judge_beside_prior(tally, judged, query, answer, lab.config.reward)
+    better, worse, both = tallies
+    expected = better.values("potential") - worse.values("potential")
+    assert both.values("reward") == pytest.approx(expected, abs=1e-6)
+    assert (both.values("reward") > 0).any() and not better.values("reward").any()
+
+
+def test_the_free_energy_of_single_outputs_has_the_mean_of_the_loss(make_lab):
+    lab = make_lab()
+    query, answer = lab.batch()
+    result = driver.train_step(lab.system, query, answer, driver.Moment(0, 4.0, False))  # all terms weigh
+    _, preference = lab.system.read(query, result.scene, answer.target_size, answer.canvas, answer.shapes)
+    found = expected_free_energy(result.trajectory, preference, lab.config.loss.preference_floor)
+    for name, values in zip(("risk", "ambiguity"), found, strict=True):
+        assert values.shape == (len(query),)
+        assert values.mean().item() == pytest.approx(result.terms.terms[name].item(), abs=1e-6)
 
 
 def test_what_the_memory_recalled_is_shown_with_its_pair(watched, tasks, tmp_path):
@@ -154,7 +204,8 @@ def test_watching_a_validation_changes_nothing(make_lab, tasks, watched):
         lab = make_lab("--memory-similarity", "-1", "--refine-samples", "2")
         remember(lab, tasks)
         lab.step(0)
-        gallery = Gallery(items, lab.system.memory, tasks) if with_gallery else None
+        back = functools.partial(plan_back, lab.system, lab.runtime)
+        gallery = Gallery(items, lab.system.memory, tasks, back) if with_gallery else None
         scores = validate(lab.system, lab.runtime, items, 4096, watcher=gallery)
         random = driver.rng_state()
         lab.step(1)

@@ -76,13 +76,16 @@ def answered(task: dict[str, Any], rng: np.random.Generator, share: float, sampl
     row = {"task": task["task"], "test": task["test"], "exact": int(first == target),
            "two": int(target in (first, second)), "size": 1, "prior": int(rng.random() < 0.3), "prior_two": 1,
            "planned": int(first == target), "at_once": 0, "steps": 3, "cells": cells, "unrefined_cells": before,
-           "cells_true": cells, "nats": 0.5 - share / 3, "unrefined_nats": 0.5, "prior_nats": 0.6, "first": first,
+           "cells_true": cells, "nats": 0.5 - share / 3, "unrefined_nats": 0.5, "prior_nats": 0.6, "risk": 0.25,
+           "ambiguity": 0.5, "reward": cells - before, "first": first,
            "second": second, "unrefined": unrefined}  # fmt: skip
     if sample:
         confidence = re.sub(r"\d", lambda _: str(rng.integers(3, 10)), target)
         entry = {"task": task["task"], "pair": "train:0", "input": "01/23", "output": "4", "similarity": 0.7,
                  "weight": 0.5}  # fmt: skip
-        row |= {"planning": [[attempt(share), confidence] for _ in range(3)], "neighbours": [entry]}
+        source, sure = task["input"], re.sub(r"\d", "7", task["input"])
+        row |= {"planning": [[attempt(share), confidence] for _ in range(3)], "neighbours": [entry],
+                "backward": [[re.sub(r"\d", "0", source), sure], [source, sure]]}
     return row
 
 
@@ -241,6 +244,40 @@ def test_epochs_are_left_out_evenly_where_they_do_not_fit(tmp_path, monkeypatch)
     half = page_outputs.frames(facts, list(facts.outputs[:3]))
     assert {0, 8} <= set(half["epochs"]) and 2 <= len(half["epochs"]) <= 5
     assert [page_outputs.evenly(range(9), most) for most in (1, 2, 3)] == [[8], [0, 8], [0, 4, 8]]
+
+
+def test_rewards_sizes_free_energy_and_the_way_back_are_on_the_page(tmp_path):
+    run = make_run(tmp_path / "run")
+    path = run / "predictions" / "epoch_0001.jsonl"
+    head, *rows = lines(path)
+    for row, reward in zip(rows, (-0.5, -0.25, 0.0, 0.25, 0.5, 0.5), strict=True):
+        row["reward"] = reward
+    rows[0]["first"] = "00/00/00/00/00"  # 5x2
+    write(path, [head, *rows])
+    html = report_html(RunRecord.read(run))
+    text = words(html)
+    assert "below 0: 2; 0: 1; above 0: 3" in text and "reward of the refinement, output by output" in text
+    true = len(Facts(RunRecord.read(run)).outputs[0].grid("target").split("/"))
+    assert f"<title>true {true}, predicted 5: " in html
+    assert "EFE 0.750 nats per cell (risk 0.250, ambiguity 0.500)" in text and 'data-v="0.75"' in html
+    assert text.count("planned back from its last step in the last epoch, 100") == 3 and "back 2: 100" in text
+
+
+def test_a_file_without_the_new_numbers_gives_a_page_without_them(tmp_path):
+    run = make_run(tmp_path / "run")
+    for path in run.glob("predictions/epoch_*.jsonl"):
+        head, *rows = lines(path)
+        names = ("risk", "ambiguity", "reward", "backward")
+        write(path, [head, *({k: v for k, v in row.items() if k not in names} for row in rows)])
+    text = words(report_html(RunRecord.read(run)))
+    assert "planned back" not in text and "EFE 0" not in text and "reward of the refinement" not in text
+
+
+def test_values_fall_into_bars_around_zero():
+    html = page_outputs.distribution("of x", [-1.0, -1.0, 0.0, 1.0])
+    heights = [title for title in re.findall(r"<title>(\d+)</title>", html)]
+    assert (heights[0], heights[10], heights[20], len(heights)) == ("2", "1", "1", 21) and sum(map(int, heights)) == 4
+    assert page_outputs.distribution("of x", []) == "" and "0: 3" in page_outputs.distribution("of x", [0.0] * 3)
 
 
 def test_every_word_of_a_file_is_escaped(tmp_path):
