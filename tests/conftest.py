@@ -15,13 +15,14 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -49,9 +50,12 @@ def benchmark(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the driver's priors away from the user's cache folder."""
+    """Keep the driver's priors away from the user's cache folder; the processes of pytest-xdist share one file."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ARC_CACHE_DIR", str(tmp_path_factory.mktemp("priors")))
+        patch.setenv("ARC_CACHE_DIR", str(folder / "priors"))
         yield
 
 
@@ -184,6 +188,25 @@ def run_main(*argv: str) -> int:
     """Return the exit code of the driver's `main` for a command line; runs/ lies in the current folder."""
     with own_process():
         return driver.main(parse_command_line([str(word) for word in argv]))
+
+
+def start_main(*argv: object) -> tuple[multiprocessing.Process, TextIO]:
+    """Start the driver's `main` in a process of its own, in the current folder; return it and what it prints.
+
+    It is forked, so nothing has to be loaded. For tests of signals and locks, not of equal bits: a fork shares the seed
+    of Python's hashes.
+    """
+    reading, writing = os.pipe()
+
+    def run() -> None:
+        os.dup2(writing, 1)
+        with open(1, "w", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            sys.exit(driver.main(parse_command_line([str(word) for word in argv])))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    os.close(writing)
+    return process, open(reading)
 
 
 @pytest.fixture
