@@ -15,14 +15,13 @@ import contextlib
 import importlib
 import io
 import json
-import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any
 
 import pytest
 import torch
@@ -38,8 +37,18 @@ ROOT = Path(driver.__file__).resolve().parent
 SMALL = ("--model", "tiny", "--preset", "tiny", "--width", "32", "--read-blocks", "1", "--num-steps", "2",
          "--prompt-dim", "16", "--batch-size", "4")  # fmt: skip
 
+LONG = ("distributed", "driver", "benchmark_kill_resume", "demo_prior", "claims", "notebook", "prior_cache", "verbs",
+        "evaluate", "faults", "prior_store", "memory_ladder", "benchmark_gpu_check", "size_hypotheses", "health",
+        "benchmark_fuzz_loaders", "benchmark_cross_check", "benchmark_prior", "safety")  # fmt: skip
+
 torch.set_num_threads(1)
 sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the files that take long begin first, so that no process of pytest-xdist ends long after the other."""
+    place = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="module")
@@ -188,25 +197,6 @@ def run_main(*argv: str) -> int:
     """Return the exit code of the driver's `main` for a command line; runs/ lies in the current folder."""
     with own_process():
         return driver.main(parse_command_line([str(word) for word in argv]))
-
-
-def start_main(*argv: object) -> tuple[multiprocessing.Process, TextIO]:
-    """Start the driver's `main` in a process of its own, in the current folder; return it and what it prints.
-
-    It is forked, so nothing has to be loaded. For tests of signals and locks, not of equal bits: a fork shares the seed
-    of Python's hashes.
-    """
-    reading, writing = os.pipe()
-
-    def run() -> None:
-        os.dup2(writing, 1)
-        with open(1, "w", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            sys.exit(driver.main(parse_command_line([str(word) for word in argv])))
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    os.close(writing)
-    return process, open(reading)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, comparable, differences, small_config, start_main, write_tasks
+from conftest import ROOT, comparable, differences, small_config, write_tasks
 
 import evaluate
 import model_persistence
@@ -570,21 +570,22 @@ def test_resume_with_another_model_or_data_is_refused(flags, keys, finished, ref
 
 
 def test_run_is_locked_while_it_trains_and_free_once_it_is_killed(drive, new_flags, capsys):
-    process, printed = start_main(*new_flags("--epochs", 200, "--save-every", 1, "--rl-every", 0))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *new_flags("--epochs", 200, "--save-every", 1, "--rl-every", 0)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while not list_checkpoints(RUN) and process.is_alive() and time.monotonic() < deadline:
+        while not list_checkpoints(RUN) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert list_checkpoints(RUN) and process.is_alive()
+        assert list_checkpoints(RUN) and process.poll() is None
         assert drive("--resume") == 4
         error, hint = capsys.readouterr().err.splitlines()
         assert error.startswith(f"error: demo is being trained by pid {process.pid} on this machine (heartbeat ")
         assert hint == "hint: stop it, or use another --name"
-        assert process.is_alive()
+        assert process.poll() is None
     finally:
         process.kill()
-        process.join()
-        printed.close()
+        process.wait()
     saved = int(list_checkpoints(RUN)[0].stem.removeprefix("step_"))
     assert drive("--resume", "--max-hours", "1e-9") == 0  # at once: no heartbeat has to run out
     assert status()["step"] == saved + 1

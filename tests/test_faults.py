@@ -8,13 +8,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import comparable, differences, start_main
+from conftest import ROOT, comparable, differences
 
 import model_persistence
 import trainloop_complete_with_fixes as driver
@@ -22,6 +24,7 @@ from config import ConfigError
 from model_persistence import list_checkpoints, read_checkpoint, rng_state, set_rng_state, snapshot
 
 RUN = Path("runs/demo")
+SCRIPT = ROOT / "trainloop_complete_with_fixes.py"
 
 
 def status() -> dict:
@@ -30,27 +33,35 @@ def status() -> dict:
 
 # Signals -------------------------------------------------------------------------------------------------------------
 
+SLOW = """
+import runpy, sys, time
+sys.path.insert(0, sys.argv[1])
+import trainloop_complete_with_fixes as driver
+from config import parse_command_line
+inner = driver.train_step
+def slow(system, query, answer, moment):
+    if moment.step == 2:
+        print("in the batch", flush=True)
+        time.sleep(60)
+    return inner(system, query, answer, moment)
+driver.train_step = slow
+sys.exit(driver.main(parse_command_line(sys.argv[2:])))
+"""
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(number, code, drive, new_flags, monkeypatch):
-    train_step = driver.train_step
-
-    def slow(system, query, answer, moment):
-        if moment.step == 2:
-            print("in the batch", flush=True)
-            time.sleep(60)
-        return train_step(system, query, answer, moment)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(driver, "train_step", slow)
-        process, lines = start_main(*new_flags("--epochs", 1, "--save-every", 1, "--save-share", 0, "--rl-every", 0))
-    with lines:
-        assert any("in the batch" in line for line in lines)
-        os.kill(process.pid, number)
-        assert any("press again to stop at once" in line for line in lines)
-        began = time.monotonic()
-        os.kill(process.pid, number)
-        process.join(30)
-        assert process.exitcode == code and time.monotonic() - began < 10
+def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(number, code, drive, new_flags):
+    flags = new_flags("--epochs", 1, "--save-every", 1, "--save-share", 0, "--rl-every", 0)
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(ROOT), *flags], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    lines = iter(process.stdout.readline, "")
+    assert any("in the batch" in line for line in lines)
+    process.send_signal(number)
+    assert any("press again to stop at once" in line for line in lines)
+    began = time.monotonic()
+    process.send_signal(number)
+    assert process.wait(timeout=30) == code and time.monotonic() - began < 10
+    process.stdout.close()
     assert read_checkpoint(list_checkpoints(RUN)[0]).step in (1, 2)  # the save of step 2 may have been cut off
     assert drive("--resume", "--max-hours", "1e-9") == 0
 
