@@ -284,14 +284,14 @@ def assert_valid(grid: np.ndarray, shape: tuple[int, int]) -> None:
         assert result.min() >= 0 and result.max() < NUM_SYMBOLS, name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(grids(30), st.data())
 def test_layers_give_symbols_of_the_wanted_shape_on_any_grid(grid, data):
     drawn = st.tuples(st.integers(1, 30), st.integers(1, 30))
     assert_valid(grid, data.draw(st.one_of(st.sampled_from(wanted_shapes(grid)), drawn)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(grids(), st.permutations(range(1, 10)), st.data())
 def test_renaming_colours_renames_every_layer(grid, order, data):
     renamed = np.array([0, *order, *range(MARK, NUM_SYMBOLS)])  # colour 0 stays, as it is favoured as background
