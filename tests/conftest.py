@@ -41,8 +41,18 @@ FEW_TASKS, PROGRESS_SECONDS = driver.FEW_TASKS, report.PROGRESS_SECONDS  # as th
 SMALL = ("--model", "tiny", "--preset", "tiny", "--width", "32", "--read-blocks", "1", "--num-steps", "2",
          "--prompt-dim", "16", "--batch-size", "4")  # fmt: skip
 
+LONG = ("distributed", "driver", "benchmark_kill_resume", "demo_prior", "claims", "notebook", "prior_cache", "verbs",
+        "evaluate", "faults", "prior_store", "memory_ladder", "benchmark_gpu_check", "size_hypotheses", "health",
+        "benchmark_fuzz_loaders", "benchmark_cross_check", "benchmark_prior", "safety")  # fmt: skip
+
 torch.set_num_threads(1)
 sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the files that take long begin first, so that no process of pytest-xdist ends long after the other."""
+    place = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +65,15 @@ def benchmark(request: pytest.FixtureRequest) -> ModuleType:
 def own_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the driver's priors away from the user's cache folder, and what depends on the machine off the screen.
 
-    Nor are eight tasks called few here.
+    The processes of pytest-xdist share one file of priors. Nor are eight tasks called few here.
     """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "FEW_TASKS", 0)
         patch.setattr(report, "PROGRESS_SECONDS", math.inf)
-        patch.setenv("ARC_CACHE_DIR", str(tmp_path_factory.mktemp("priors")))
+        patch.setenv("ARC_CACHE_DIR", str(folder / "priors"))
         yield
 
 

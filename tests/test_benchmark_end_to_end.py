@@ -6,10 +6,20 @@ import json
 
 import pytest
 
+import verbs
+from arc_data import ArcTask, select_tasks
+
 
 @pytest.fixture
-def few(tmp_path, monkeypatch):
-    """Return a command line on few tasks, in an empty folder."""
+def few(benchmark, tmp_path, monkeypatch):
+    """Return a command line on few tasks with grids of at most 6 x 6, whose priors take seconds, in an empty folder."""
+
+    def select_small(tasks: list[ArcTask], count: int) -> list[ArcTask]:
+        small = [t for t in tasks if max(max(p.input.shape + p.output.shape) for p in (*t.train, *t.test)) <= 6]
+        return select_tasks(small, count)
+
+    monkeypatch.setattr(benchmark.driver, "select_tasks", select_small)
+    monkeypatch.setattr(verbs, "select_tasks", select_small)
     monkeypatch.chdir(tmp_path)
     cache = ["--cache-dir", str(tmp_path / "cache")]
     return ["--protocols", "arc1-eval", "--max-tasks", "4", "--views", "1", "--", *cache]

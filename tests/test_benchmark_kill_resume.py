@@ -17,7 +17,7 @@ import trainloop_complete_with_fixes as driver
 
 
 def test_twenty_kills_without_a_difference():
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--kills", "20"],
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--kills", "20", "--tasks", "4"],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = done.stdout.splitlines()
