@@ -17,8 +17,8 @@ import trainloop_complete_with_fixes as driver
 
 
 def test_twenty_kills_without_a_difference():
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--kills", "20", "--tasks", "4"],
-                          capture_output=True, text=True)  # fmt: skip
+    script = str(ROOT / "benchmarks" / "kill_resume.py")
+    done = subprocess.run([sys.executable, script, "--kills", "20", "--tasks", "4"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = done.stdout.splitlines()
     kills = [line for line in lines if line.startswith("kill ") and line.endswith("; equal")]
