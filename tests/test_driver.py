@@ -196,24 +196,26 @@ def test_printed_lines_have_the_documents_shape(reference):
         )
         for shape, line in zip(shapes, lines[start + 1 : start + 6], strict=True):
             assert re.fullmatch(shape, line), line
-        assert lines[start + 6].startswith("  Terms: risk ")
+        assert re.fullmatch(r"  Val Accuracy \(2 attempts\): [01]\.\d{4} \(\d+/8\), 1 view", lines[start + 6])
+        assert lines[start + 7].startswith("  Terms: risk ")
         assert re.fullmatch(rf"  Cells \(true size\): {number} \| copy-input {number} \| one-colour {number}"
-                            rf" \| demo prior {number}", lines[start + 7])  # fmt: skip
+                            rf" \| demo prior {number}", lines[start + 8])  # fmt: skip
         gained = r"[+-]\d\.\d{4} \[[+-]\d\.\d{4}, [+-]\d\.\d{4}\]"
-        assert re.fullmatch(rf"  Refinement: cells {gained} \| nats per cell {gained}", lines[start + 9])
+        assert re.fullmatch(rf"  Refinement: cells {gained} \| nats per cell {gained}", lines[start + 10])
         beside = r"(\d+) of (\d) \| demo prior (\d+) \| difference ([+-]\d) \[[+-]\d, [+-]\d\]"
+        places = ("beside the prior", "where the prior is unsure", "at two attempts", "of the candidates, judged",
+                  "of two candidates, judged")  # fmt: skip
         compared = [
             re.fullmatch(rf"  Exact {where}: {beside}", line)
-            for where, line in zip(("beside the prior", "where the prior is unsure", "at two attempts"),
-                                   lines[start + 11 : start + 14], strict=True)
-        ]  # fmt: skip
+            for where, line in zip(places, lines[start + 12 : start + 17], strict=True)
+        ]
         assert all(int(m[1]) - int(m[3]) == int(m[4]) for m in compared)
         assert int(compared[0][1]) <= int(compared[2][1]) and compared[0][2] == compared[2][2] == "8"
         at_once = re.fullmatch(r"  Answered at once by the prior: (\d) of 8, \d right \| planner there \d",
-                               lines[start + 14])  # fmt: skip
+                               lines[start + 17])  # fmt: skip
         assert int(at_once[1]) + int(compared[1][2]) == 8
         assert re.fullmatch(rf"  Potential: {number} \| demo prior {number} \| over the prior [+-]{number}"
-                            rf" \| skill [+-]{number}", lines[start + 15])  # fmt: skip
+                            rf" \| skill [+-]{number}", lines[start + 18])  # fmt: skip
     log = (reference.path / "run.log").read_text()
     assert all(line in log for line in lines if line.startswith(("[", "Epoch", "  ")))
     assert reference.printed.isascii()

@@ -452,6 +452,9 @@ SCORES = {
     "unsure_exact": 40, "unsure_exact_of": 800, "unsure_exact_prior": 25,
     "unsure_exact_low": 5, "unsure_exact_high": 27,
     "two_exact": 320, "two_exact_of": 1076, "two_exact_prior": 290, "two_exact_low": 18, "two_exact_high": 42,
+    "judged_exact": 295, "judged_exact_of": 1076, "judged_exact_prior": 275, "judged_exact_low": 9,
+    "judged_exact_high": 31, "judged_two_exact": 318, "judged_two_exact_of": 1076, "judged_two_exact_prior": 290,
+    "judged_two_exact_low": 16, "judged_two_exact_high": 40,
     "at_once": 276, "at_once_exact": 250, "at_once_planned": 240,
     "potential": 0.73, "potential_prior": 0.72, "skill": 0.036,
     "accuracy_delta_low": -0.001, "accuracy_delta_high": 0.001,
@@ -463,16 +466,19 @@ def test_summary_of_an_epoch_compares_with_the_prior_below_the_trivial_answers()
     memory = {"size": 3, "theta": 0.5}
     lines = report.full_summary(0, TRAIN, SCORES, BASE, memory, 100.0).splitlines()
     start = lines.index("  Exact: 290 | copy-input 0 | one-colour 21 | demo prior 275")
-    assert lines[start + 1 : start + 8] == [
+    assert lines[start + 1 : start + 10] == [
         "  Exact beside the prior: 290 of 1076 | demo prior 275 | difference +15 [+4, +26]",
         "  Exact where the prior is unsure: 40 of 800 | demo prior 25 | difference +15 [+5, +27]",
         "  Exact at two attempts: 320 of 1076 | demo prior 290 | difference +30 [+18, +42]",
+        "  Exact of the candidates, judged: 295 of 1076 | demo prior 275 | difference +20 [+9, +31]",
+        "  Exact of two candidates, judged: 318 of 1076 | demo prior 290 | difference +28 [+16, +40]",
         "  Answered at once by the prior: 276 of 1076, 250 right | planner there 240",
         "  Potential: 0.730 | demo prior 0.720 | over the prior +0.010 | skill +0.036",
         "  Prior's answers by: tile, then colour map (7); identity, then colour map (2)",
         "  Size accuracy: 0.910 (rule 0.900)",
     ]
     assert "  Val Accuracy: 0.2695 (290/1076)" in lines
+    assert "  Val Accuracy (2 attempts): 0.2974 (320/1076), 1 view" in lines
     assert "  Refinement: cells +0.0000 [-0.0010, +0.0010] | nats per cell +0.0021 [+0.0000, +0.0042]" in lines
     unjudged = report.full_summary(0, TRAIN, None, None, memory, 100.0)
     assert "demo prior" not in unjudged and "at once" not in unjudged
