@@ -502,6 +502,12 @@ class ProgressLines:
     def close(self) -> None:
         """End without a line."""
 
+    def __enter__(self) -> ProgressLines:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.close()
+
 
 def progress(
     total: int,

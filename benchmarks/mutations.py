@@ -77,6 +77,7 @@ SIZE_RESUME = ("tests/test_driver.py::test_resume_with_other_batch_sizes_trains_
                "tests/test_driver.py::test_batch_size_that_changes_within_an_epoch_survives_a_kill")  # fmt: skip
 RATE_RESUME = ("tests/test_driver.py::test_resume_with_another_learning_rate_uses_it",)
 PARTS = ("tests/test_memory_ladder.py::test_gradients_of_parts_add_up_to_those_of_the_batch",)
+JUDGE = ("tests/test_candidate_judge.py",)
 DRAWS = ("tests/test_memory_ladder.py::test_parts_draw_numbers_of_their_own",)
 NO_TRACE = ("tests/test_memory_ladder.py::test_step_that_does_not_fit_leaves_no_trace",)
 RUNG = ("tests/test_memory_ladder.py::test_resume_on_a_rung_is_exact",)
@@ -225,8 +226,11 @@ FAULTS = (
           "                group.update({})", RATE_RESUME),
     # Too little memory
     Fault("parts of a batch count as whole batches", "trainloop_complete_with_fixes.py",
-          "result.total if share == 1 else share * result.total",
-          "result.total", PARTS),
+          "total if share == 1 else share * total",
+          "total", PARTS),
+    Fault("the judge learns that every candidate is right", "arc_system.py",
+          "ranking_loss(self.judge(evidence, exists), right)",
+          "ranking_loss(self.judge(evidence, exists), exists)", JUDGE),
     Fault("gradients of a part that failed stay", "trainloop_complete_with_fixes.py",
           "        drop_gradients(run.optimizers)  # here,",
           "        # here,", NO_TRACE),

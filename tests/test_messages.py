@@ -545,7 +545,7 @@ error: cannot resume demo with a different seed (run: 42, now: 7), data (run: ~,
 hint: drop --seed --data --width to continue, ~""", Stage.finished, run_is_unchanged),
     Mistake("damaged checkpoint", "--resume --max-hours 1e-9", 0, """\
 warning: checkpoints/step_000000014.pt is damaged (~); using step_000000013.pt from ~ min before
-resume    demo, epoch 1, batch 6/7, from step_000000013.pt""", newest_is_cut, bar_went_on),
+resume    demo, epoch 1, batch 6/7, from step_000000013.pt of ~""", newest_is_cut, bar_went_on),
     Mistake("no checkpoint is whole", "--resume", 5, f"""\
 error: --resume: no run to resume under runs/ (looked at 1: none has a loadable checkpoint)
 {NOTHING}""", all_are_cut, all_are_still_there),

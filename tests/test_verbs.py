@@ -244,7 +244,7 @@ def test_partial_results_survive_a_cut_line_and_belong_to_their_key(tmp_path):
         (["eval", "--protocol", "arc2", "--data", "x"], "--protocol brings its own data"),
         (["eval", "--protocol", "arc3"], "--protocol must be one of arc2, "),
         (["predict", "x", "--lr", "1"], "unknown option --lr"),
-        (["--views", "4", "eval"], "unknown option --views"),
+        (["--refine-steps", "4", "eval"], "unknown option --refine-steps"),
         (["--epochs", "1", "eval"], "the command comes first"),
     ],
 )
