@@ -43,7 +43,7 @@ SMALL = ("--model", "tiny", "--preset", "tiny", "--width", "32", "--read-blocks"
 
 LONG = ("distributed", "driver", "benchmark_kill_resume", "demo_prior", "claims", "notebook", "prior_cache", "verbs",
         "evaluate", "faults", "prior_store", "memory_ladder", "benchmark_gpu_check", "size_hypotheses", "health",
-        "benchmark_fuzz_loaders", "benchmark_cross_check", "benchmark_prior", "safety")  # fmt: skip
+        "benchmark_fuzz_loaders", "benchmark_cross_check", "benchmark_prior", "other_device", "safety")  # fmt: skip
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(ROOT / "benchmarks"))
