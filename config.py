@@ -287,10 +287,10 @@ class MemoryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimizers, schedule and averaging."""
+    """Optimizers, schedule and averaging. Fields at 0 are filled in by the preset."""
 
-    lr: float = setting(2e-3, "peak AdamW learning rate of vectors, embeddings and heads", low=0)
-    muon_lr: float = setting(1e-2, "peak Muon learning rate of weight matrices", low=0)
+    lr: float = setting(0.0, "peak AdamW learning rate of vectors, embeddings and heads; 0: by preset", low=0)
+    muon_lr: float = setting(0.0, "peak Muon learning rate of weight matrices; 0: by preset", low=0)
     weight_decay: float = setting(0.01, "decoupled weight decay of matrices", low=0)
     clip: float = setting(1.0, "largest global gradient norm", low=0)
     warmup: float = setting(0.03, "share of all steps in which the learning rate rises", low=0, high=1)
@@ -370,14 +370,16 @@ class AnswerConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
-        "agent.width": 64,
+        "agent.width": 32,
         "agent.read_blocks": 2,
         "agent.plan_blocks": 1,
         "agent.attention": "off",
         "agent.read_heads": 2,
-        "agent.num_steps": 3,
+        "agent.num_steps": 2,
         "agent.read_cells": 1024,
         "data.batch_cells": 4096,
+        "optim.lr": 4e-3,
+        "optim.muon_lr": 5e-3,
     },
     "small": {
         "agent.width": 192,
@@ -388,6 +390,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "agent.num_steps": 6,
         "agent.read_cells": 4096,
         "data.batch_cells": 32768,
+        "optim.lr": 2e-3,
+        "optim.muon_lr": 1e-2,
     },
     "base": {
         "agent.width": 512,
@@ -398,6 +402,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "agent.num_steps": 6,
         "agent.read_cells": 8192,
         "data.batch_cells": 32768,
+        "optim.lr": 2e-3,
+        "optim.muon_lr": 1e-2,
     },
 }
 

@@ -21,10 +21,10 @@ import ablation
 from ablation import Arm
 
 FACTORS = {
-    "width": ("--width", (32, 96, 128)),
+    "width": ("--width", (24, 48, 64)),
     "read blocks": ("--read-blocks", (1, 3)),
     "plan blocks": ("--plan-blocks", (2, 3)),
-    "planning steps": ("--num-steps", (1, 2, 5)),
+    "planning steps": ("--num-steps", (1, 3, 5)),
     "read heads": ("--read-heads", (1, 4)),
     "cells read": ("--read-cells", (256, 4096)),
     "attention": ("--attention", ("on",)),
@@ -33,8 +33,8 @@ FACTORS = {
     "trust in the prior": ("--kappa", (0, 0.5)),
     "augmentation": ("--augment", ("none", "full")),
     "cells per batch": ("--batch-cells", (2048, 8192)),
-    "AdamW rate": ("--lr", (1e-3, 4e-3)),
-    "Muon rate": ("--muon-lr", (5e-3, 2e-2)),
+    "AdamW rate": ("--lr", (2e-3, 8e-3)),
+    "Muon rate": ("--muon-lr", (2.5e-3, 1e-2)),
     "weight decay": ("--weight-decay", (0, 0.1)),
     "averaging": ("--ema", (0.9, 0.995)),
     "decay": ("--decay", (0.15, 0.6)),
