@@ -90,7 +90,7 @@ WINDOW_RULES = (
     Rule(
         "QWEN_NO_UPDATE", ("count", "qwen_grad", "qwen_upd"), _no_update,
         "Qwen has a gradient, but its weights do not move",
-        "are they bf16 or fp16 (they must be fp32)? is --llm-lr (--lr for tiny) 0?",
+        "are they bf16 or fp16 (they must be fp32)? is --llm-lr (--lr for tiny) too small?",
         lasting=50, counted="count",
     ),
     Rule(

@@ -103,8 +103,7 @@ def require_one_device(func: Any, tensors: list[Tensor], given: list[Any]) -> No
         return
     if func in SELECTS and isinstance(given[0], StandinTensor):  # indices may be on the CPU
         tensors = [x for x in tensors if x.dtype not in (torch.int64, torch.bool)]
-    wrong = [x for x in tensors if not isinstance(x, StandinTensor) and x.ndim]
-    if wrong or not isinstance(tensors[0], StandinTensor) and tensors[0].ndim:
+    if any(x.ndim and not isinstance(x, StandinTensor) for x in tensors):
         raise MixedDevices(f"{func}: {[(str(x.device), tuple(x.shape)) for x in tensors]}")
 
 

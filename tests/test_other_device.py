@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 from conftest import run_main
+from torch.utils import backend_registration
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="no devices in Python"
+)
 
 SCRIPT = Path(__file__).with_name("standin.py")
 STRICT = """
