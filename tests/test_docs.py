@@ -98,6 +98,7 @@ def flags_of_script(script: Path) -> set[str]:
         shared = script.with_name(f"{other}.py").read_text(encoding="utf-8")
         source += re.search(r"^def parser_of\(.*?^    return parser$", shared, re.DOTALL | re.MULTILINE)[0]
     own = set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", source)) | {"--help"}
+    own |= flags_of_script(script.with_name("ablation.py")) if "ablation.parse(" in source else set()
     return own | (flags_of_driver() if "parse_known_args" in source else set())
 
 
