@@ -38,9 +38,12 @@ class Finding:
 
 
 def package_faults() -> list[tuple[str, str]]:
-    """Return (what is wrong, what to type) for each package of requirements.txt that is missing or out of range."""
+    """Return (what is wrong, what to type) for each package of requirements.txt that is missing or out of range.
+
+    Nothing where the modules were copied without requirements.txt.
+    """
     faults = []
-    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
+    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines() if REQUIREMENTS.is_file() else ():
         match = re.fullmatch(r"([A-Za-z0-9_.-]+)(.*)", line.split("#")[0].strip())
         if match is None:
             continue

@@ -162,3 +162,10 @@ def test_a_check_that_breaks_is_a_finding_and_shows_its_traceback_when_debugging
     assert "FAIL  bad       RuntimeError: broken" in out and "ok    good      fine" in out and not err
     assert doctor.examine(DoctorCommand(debug=True), Console()) == 4
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_modules_without_their_requirements_are_not_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "REQUIREMENTS", tmp_path / "requirements.txt")
+    assert doctor.package_faults() == []
+    (tmp_path / "requirements.txt").write_text("a-package-that-nobody-wrote>=1\n")
+    assert [fault for fault, _ in doctor.package_faults()] == ["package a-package-that-nobody-wrote is not installed"]
