@@ -563,7 +563,7 @@ def test_resume_with_another_learning_rate_uses_it(finished, drive, monkeypatch,
     assert drive("--resume", "--epochs", "3", "--lr", "1e-3", "--rl-lr", "2e-3", "--max-batches", "1") == 0
     assert seen == [({1e-3, 5e-3}, {2e-3})]
     printed = capsys.readouterr().out
-    for note in ("epochs 2 -> 3 (allowed)", "lr 0.002 -> 0.001 (allowed)", "rl-lr 0.003 -> 0.002 (allowed)"):
+    for note in ("epochs 2 -> 3 (allowed)", "lr 0.004 -> 0.001 (allowed)", "rl-lr 0.003 -> 0.002 (allowed)"):
         assert f"note: {note}" in printed
 
 
