@@ -40,10 +40,12 @@ class Finding:
 def package_faults() -> list[tuple[str, str]]:
     """Return (what is wrong, what to type) for each package of requirements.txt that is missing or out of range.
 
-    Nothing where the modules were copied without requirements.txt.
+    The file itself counts where the modules were copied without it.
     """
+    if not REQUIREMENTS.is_file():
+        return [(f"{REQUIREMENTS.name} is not beside {Path(__file__).name}", "copy the whole repository")]
     faults = []
-    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines() if REQUIREMENTS.is_file() else ():
+    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
         match = re.fullmatch(r"([A-Za-z0-9_.-]+)(.*)", line.split("#")[0].strip())
         if match is None:
             continue

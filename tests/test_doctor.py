@@ -164,8 +164,8 @@ def test_a_check_that_breaks_is_a_finding_and_shows_its_traceback_when_debugging
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_modules_without_their_requirements_are_not_checked(tmp_path, monkeypatch):
+def test_modules_without_their_requirements_are_told_of_by_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "REQUIREMENTS", tmp_path / "requirements.txt")
-    assert doctor.package_faults() == []
+    assert doctor.package_faults() == [("requirements.txt is not beside doctor.py", "copy the whole repository")]
     (tmp_path / "requirements.txt").write_text("a-package-that-nobody-wrote>=1\n")
     assert [fault for fault, _ in doctor.package_faults()] == ["package a-package-that-nobody-wrote is not installed"]

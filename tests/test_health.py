@@ -298,7 +298,8 @@ def test_driver_says_and_lists_what_is_wrong(flag, drive, new_flags, monkeypatch
     assert flag_events().count((flag, True)) == 1 and (flag, False) not in flag_events()
     lines = printed.out.splitlines()
     start = lines.index("Epoch 0 Summary:")
-    assert any(line.startswith("  Terms: ") for line in lines[start + 6 : start + 8])
+    judged = any(line.startswith("  Val Accuracy (2 attempts): ") for line in lines[start + 6 : start + 7])
+    assert lines[start + 6 + judged].startswith("  Terms: ") and judged == ("Val Accuracy: n/a" not in printed.out)
     assert "Cells per second" in printed.out
 
 
