@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -176,6 +177,13 @@ def main(words: list[str]) -> int:
     return code
 
 
+def leave(code: int) -> NoReturn:
+    """End the process at once: autograd's thread of the device runs Python, and can fall over an interpreter's end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

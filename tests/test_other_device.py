@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).with_name("standin.py")
 STRICT = """
 import sys, torch
 sys.path.insert(0, {folder!r})
-from standin import MixedDevices, Standin, StandinTensor, install
+from standin import MixedDevices, Standin, StandinTensor, install, leave
 device = install()
 with Standin() as standin:
     here, there = torch.arange(3.0), torch.arange(3.0, device=device)
@@ -38,6 +38,7 @@ with Standin() as standin:
     weight = torch.ones(3, device=device, requires_grad=True)
     (weight * there).sum().backward()
     assert isinstance(weight.grad, StandinTensor) and weight.grad.tolist() == [0.0, 1.0, 2.0]
+leave(0)
 """
 
 
