@@ -80,7 +80,7 @@ def label(grid: Grid, mask: np.ndarray, diagonal: bool, one_color: bool) -> tupl
 
     Cells are 8-connected if `diagonal`, else 4-connected; with `one_color` different colours stay apart.
     """
-    cells = np.where(mask, grid if one_color else 0, -1)
+    cells = np.where(mask, grid if one_color else 0, np.int64(-1))
     index = np.arange(grid.size).reshape(grid.shape)
     links = [_links(cells, index, pair) for pair in (_NEIGHBORS if diagonal else _NEIGHBORS[:2])]
     a, b = (np.concatenate(ends) for ends in zip(*links, strict=True))

@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/matrix.sh --help
 #
-# An environment that cannot be built is a row that says why. No build of torch with CUDA is ever fetched.
+# An environment that cannot be built is a row that says why. A build of torch with CUDA is fetched only with --any-torch.
 set -euo pipefail
 
 usage() {
@@ -17,6 +17,7 @@ passed and failed, or why it could not be built. Exit code 1 when a test failed 
                   requirements.txt admits; may be given several times (default: those of --list)
   --full          run the whole suite (default: one short run of the program, and the tests that versions break first)
   --tests "A B"   test files to run instead
+  --any-torch     take the build of torch that pip finds first; from PyPI that is one with CUDA, of several GB
   --dir DIR       where to build (default: a new temporary folder)
   --keep          leave the environments there (default: each is deleted after its tests); with the same --dir they
                   are used again
@@ -24,7 +25,7 @@ passed and failed, or why it could not be built. Exit code 1 when a test failed 
   --help          show this text
 
 The CPU builds of torch come from $TORCH_INDEX (default https://download.pytorch.org/whl/cpu) and from where pip is set
-up to look. A Python that is not on the PATH is taken from uv where uv is installed.
+up to look. A Python that is not on the PATH is taken from pyenv, or from uv, where they are installed.
 TEXT
 }
 
@@ -46,6 +47,8 @@ python_of() {
     local found
     if found=$(command -v "python$1") && "$found" -c "" 2>/dev/null; then  # a shim may stand for one that is not there
         echo "$found"
+    elif found=$(pyenv latest "$1" 2>/dev/null) && found=$(pyenv prefix "$found" 2>/dev/null); then
+        echo "$found/bin/python"
     elif command -v uv >/dev/null && uv python install --quiet "$1" 2>/dev/null; then
         uv python find "$1"
     else
@@ -62,8 +65,8 @@ pinned() {
 pip_in() {
     local python=$1 log=$2
     shift 2
-    "$python" -m pip install --quiet --disable-pip-version-check --retries 1 --extra-index-url "$torch_index" "$@" \
-        >>"$log" 2>&1
+    [[ $any_torch == no ]] && set -- --extra-index-url "$torch_index" "$@"
+    "$python" -m pip install --quiet --disable-pip-version-check --retries 1 "$@" >>"$log" 2>&1
 }
 
 # build PLACE PYTHON TORCH TRANSFORMERS TQDM: make the environment; prints why not, and fails, where it cannot.
@@ -76,7 +79,7 @@ build() {
         return 1
     fi
     "$base" -m venv "$place" >>"$log" 2>&1 || { echo "venv failed, see $log"; return 1; }
-    [[ $(uname -s) == Linux ]] && suffix="+cpu"  # elsewhere the build without CUDA has no suffix
+    [[ $(uname -s) == Linux && $any_torch == no ]] && suffix="+cpu"  # elsewhere the build without CUDA has no suffix
     [[ $torch == newest ]] && torch=$newest_torch
     exact="torch==$torch$suffix"
     if ! pip_in "$place/bin/python" "$log" "$exact"; then
@@ -124,13 +127,14 @@ check() {
     [[ $failed == 0 ]]
 }
 
-full=no tests=$quick folder="" keep=no list=no chosen=()
+full=no tests=$quick folder="" keep=no list=no any_torch=no chosen=()
 while (($#)); do
     case $1 in
         --env) chosen+=("${2:?--env needs P:T:F:Q}"); shift ;;
         --full) full=yes ;;
         --tests) tests=${2:?--tests needs file names}; shift ;;
         --dir) folder=${2:?--dir needs a folder}; shift ;;
+        --any-torch) any_torch=yes ;;
         --keep) keep=yes ;;
         --list) list=yes ;;
         -h | --help) usage; exit 0 ;;

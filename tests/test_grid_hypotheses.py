@@ -522,6 +522,20 @@ def test_label_equals_flooding(grid, diagonal, one_color):
     np.testing.assert_array_equal(labels, expected)
 
 
+def test_label_asks_numpy_for_no_number_that_a_grid_of_bytes_cannot_hold(monkeypatch):
+    """Until 2.4 numpy.where wraps such a number round, from 2.5 it raises."""
+    where = np.where
+
+    def strict(condition, *values):
+        kinds = [x if type(x) is int else np.asarray(x).dtype for x in values]
+        return where(condition, *(np.result_type(*kinds).type(x) if type(x) is int else x for x in values))
+
+    monkeypatch.setattr(np, "where", strict)
+    grid = np.array([[1, 0, 1]], np.uint8)
+    labels, count = label(grid, grid > 0, False, True)
+    assert count == 2 and labels.tolist() == [[1, 0, 2]]
+
+
 def test_label_follows_a_long_spiral():
     grid = adversarial_grids()["spiral"]
     for mask in (grid > 0, grid == 0):
