@@ -43,6 +43,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import random
 import shutil
 import signal
 import time
@@ -1627,6 +1628,7 @@ def set_up(command: CommandLine, console: Console, chosen: RunChoice | None, wor
         pairs = f"{data.left_out} pair{'s' * (data.left_out > 1)}"
         console.note(f"{pairs} left out of training: by content a test answer of another task")
     system = ARCSystem(config, len(tasks)).to(runtime.device)
+    random.seed(config.run.seed)  # some libraries draw when they are first imported: only once in a process
     system.prior.open_disk(config.run.cache_dir, console.warn)
     revision = system.prompt_model.revision
     config = with_values(config, {"prompt.revision": revision})

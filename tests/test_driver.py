@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -23,7 +24,7 @@ import trainloop_complete_with_fixes as driver
 from arc_data import Segment, TaskSampler, collate, test_contexts
 from arc_system import ARCSystem, learning_rate_scale
 from config import TrainConfig, from_dict, resolve
-from model_persistence import list_checkpoints, load_best_weights, read_checkpoint
+from model_persistence import list_checkpoints, load_best_weights, read_checkpoint, rng_state
 from report import read_epochs, read_metrics
 
 SCRIPT = ROOT / "trainloop_complete_with_fixes.py"
@@ -249,6 +250,20 @@ def test_best_weights_predict_what_the_averaged_weights_predict(reference, tasks
     averaged = all_predictions(trained, tasks)
     assert differences(averaged, all_predictions(loaded, tasks)) == []
     assert differences(averaged, live)  # so the test would notice the wrong ones
+
+
+def test_what_a_library_draws_at_its_first_import_leaves_no_trace(build, monkeypatch):
+    """Of two processes only one may import it while the system is built; both have to go on from the same numbers."""
+    build()
+    plain, system = rng_state(), driver.ARCSystem
+
+    def drawing(*args):
+        random.getrandbits(24)
+        return system(*args)
+
+    monkeypatch.setattr(driver, "ARCSystem", drawing)
+    build("--name", "other")
+    assert rng_state()["python"] == plain["python"]
 
 
 def test_best_weights_name_no_place_and_no_run(reference, task_folder):
