@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from arc_data import ArcTask, Augmentation, Context, Grid, leave_one_out, parse_grid, test_contexts
-from arc_system import ARCSystem, Runtime, choose_device, choose_runtime
+from arc_system import STORES, ARCSystem, Runtime, choose_device, choose_runtime
 from config import (
     AnswerConfig,
     ConfigError,
@@ -113,8 +113,9 @@ def task_count(facts: Mapping[str, Any]) -> int:
 
 def require_fit(system: ARCSystem, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors of other names or shapes than the settings make. Raises: CheckpointError naming each."""
-    here = {name: tuple(x.shape) for name, x in system.export_state()[0].items() if not name.startswith("memory.")}
-    there = {name: tuple(x.shape) for name, x in tensors.items() if not name.startswith("memory.")}
+    stores = tuple(f"{store}." for store in STORES)
+    here = {name: tuple(x.shape) for name, x in system.export_state()[0].items() if not name.startswith(stores)}
+    there = {name: tuple(x.shape) for name, x in tensors.items() if not name.startswith(stores)}
     faults = [f"{name} is missing" for name in here if name not in there]
     faults += [f"{name} is unknown" for name in there if name not in here]
     faults += [
@@ -252,7 +253,7 @@ class Solver:
                                   "give the best/ folder of a run") from error
         system.to(device).eval()
         system.prior.open_disk(answers.cache_dir, warn)
-        seen = Seen.of(facts, system.memory.owners())
+        seen = Seen.of(facts, [*system.memory.owners(), *system.lessons.owners()])
         return cls(system, runtime, answers, seen, folder, facts, digest_of(folder))
 
     def close(self) -> None:

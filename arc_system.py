@@ -30,7 +30,7 @@ from policy_refined import PolicyRefinedAgent, PolicyTerms, Proposal
 from prior_cache import NUM_EVIDENCE, PriorCache
 from qwen_hybrid_prompt import Prompt, QwenHybridPrompt
 from reward_shaping import Potentials, cells_union, dense_reward, potentials, shaping_reward
-from solver2 import MemoryBuffer, MemoryReader, Recall, ZTable
+from solver2 import LessonBuffer, Lessons, MemoryBuffer, MemoryReader, Recall, ZTable
 from task_features import NUM_FEATURES
 
 CONTROL_DIM = 32
@@ -192,6 +192,9 @@ class Scene:
         return torch.stack([logits.argmax(1) + 1 for logits in self.size_logits], 1)
 
 
+STORES = ("memory", "lessons")  # what the system remembers, beside what it trains
+
+
 class CandidateJudge(nn.Module):
     """Rank the prior's candidates by the rules of their task that they break; which rules matter is learned.
 
@@ -206,10 +209,16 @@ class CandidateJudge(nn.Module):
         with torch.no_grad():
             self.place[0] = 1.5
 
-    def forward(self, evidence: Tensor, exists: Tensor) -> Tensor:
-        """Return logits [B, K] from evidence [B, K, NUM_EVIDENCE]; candidates that do not exist get a very low one."""
+    def forward(self, evidence: Tensor, exists: Tensor, recalled: Tensor | None = None) -> Tensor:
+        """Return logits [B, K] from evidence [B, K, NUM_EVIDENCE]; candidates that do not exist get a very low one.
+
+        `recalled` [B, NUM_EVIDENCE] is added to the weights of each input: what lessons of similar ones ask for.
+        """
         with torch.autocast(evidence.device.type, enabled=False):
-            return torch.where(exists, evidence.float() @ self.weight + self.place, NO_CANDIDATE)
+            logits = evidence.float() @ self.weight + self.place
+            if recalled is not None:
+                logits = logits + torch.einsum("bke,be->bk", evidence.float(), recalled)
+            return torch.where(exists, logits, NO_CANDIDATE)
 
 
 def ranking_loss(logits: Tensor, right: Tensor) -> Tensor:
@@ -219,9 +228,26 @@ def ranking_loss(logits: Tensor, right: Tensor) -> Tensor:
     return torch.where(has_answer, logits.logsumexp(1) - among, 0.0)
 
 
+def candidate_key(evidence: Tensor, exists: Tensor) -> Tensor:
+    """Return the mean evidence [B, E] of the candidates [B, K, E] that exist [B, K]; 0 without any."""
+    return (evidence * exists[..., None]).sum(1) / exists.sum(1, keepdim=True).clamp(min=1)
+
+
+@torch.no_grad()
+def lessons_of(evidence: Tensor, exists: Tensor, right: Tensor, logits: Tensor) -> Lessons:
+    """Return what ranked candidates teach: evidence [B, K, E], exists and right [B, K] bool, logits [B, K].
+
+    The direction is that in which the ranking loss falls, as a change of the judge's weights for this input.
+    """
+    told = right.any(1) & (exists & ~right).any(1)
+    change = torch.where(right, logits, NO_CANDIDATE).softmax(1) - logits.softmax(1)
+    direction = torch.einsum("bk,bke->be", torch.where(told[:, None], change, 0.0), evidence)
+    return Lessons(candidate_key(evidence, exists), direction, told)
+
+
 class ARCSystem(nn.Module):
-    """Own the parts: prompt_model, agent, policy, efe_loss, memory_reader, judge train; memory, z_table, prior are
-    state."""
+    """Own the parts: prompt_model, agent, policy, efe_loss, memory_reader, judge train; memory, lessons, z_table, prior
+    are state."""
 
     def __init__(self, config: TrainConfig, num_tasks: int):
         super().__init__()
@@ -238,6 +264,7 @@ class ARCSystem(nn.Module):
         self.efe_loss = EFELoss(config.loss, feature_dim=width, prompt_dim=prompt_dim)
         self.memory_reader = MemoryReader(config.memory, prompt_dim) if config.memory.use_memory else None
         self.memory = MemoryBuffer(config.memory, feature_dim=NUM_FEATURES, prompt_dim=prompt_dim)
+        self.lessons = LessonBuffer(config.memory, NUM_EVIDENCE)
         self.z_table = ZTable(num_tasks)
         self.judge = CandidateJudge()
         self.prior = PriorCache(config.agent.prior_effort)
@@ -312,19 +339,29 @@ class ARCSystem(nn.Module):
         in_loss = loss.mode == "full" and (loss.lambda_bidirectional > 0 or loss.lambda_reverse > 0)
         return in_loss or reward.reward_reverse > 0
 
-    def judge_loss(self, query: Query, answer: Answer) -> Tensor:
+    def judge_loss(self, query: Query, answer: Answer) -> tuple[Tensor, Lessons | None]:
         """Return the judge's cross-entropy with which candidate is the answer, at its true size; a scalar, weighted.
 
-        The mean over the batch; 0 for a pair whose answer is no candidate.
+        The mean over the batch; 0 for a pair whose answer is no candidate. And what the batch teaches, for the memory;
+        None where the judge does not train.
         """
         weight = self.config.loss.lambda_judge
         if not weight:
-            return answer.target.new_zeros((), dtype=torch.float32)
+            return answer.target.new_zeros((), dtype=torch.float32), None
         evidence, exists = self.prior.evidence(query, answer.shapes)
         grids, _ = self.prior.candidates(query, answer.shapes, answer.canvas)
         target = torch.where(answer.mask, answer.target, PAD)
         right = (grids == target[:, None]).flatten(2).all(2) & exists
-        return weight * ranking_loss(self.judge(evidence, exists), right).mean()
+        logits = self.judge(evidence, exists)
+        return weight * ranking_loss(logits, right).mean(), lessons_of(evidence, exists, right, logits)
+
+    def recalled_lessons(self, query: Query, evidence: Tensor, exists: Tensor) -> Tensor | None:
+        """Return what lessons of other tasks add to the judge's weights, [B, E]; None where the memory is not used."""
+        config = self.config.memory
+        if not (config.use_memory and config.memory_lessons):
+            return None
+        names = [context.task_id for context in query.contexts]
+        return config.memory_lessons * self.lessons.recall(candidate_key(evidence, exists), names)
 
     def judged(
         self, query: Query, shapes: Sequence[tuple[int, int]], canvas: int | tuple[int, int]
@@ -336,7 +373,8 @@ class ARCSystem(nn.Module):
         """
         evidence, exists = self.prior.evidence(query, shapes)
         grids, _ = self.prior.candidates(query, shapes, canvas)
-        probability = self.judge(evidence, exists).softmax(1) * exists
+        recalled = self.recalled_lessons(query, evidence, exists)
+        probability = self.judge(evidence, exists, recalled).softmax(1) * exists
         rank = probability.clone()
         rank[:, 0] += self.prior.confidences(query, shapes) >= self.config.agent.answer_confidence
         order = rank.argsort(dim=1, descending=True, stable=True)
@@ -358,13 +396,15 @@ class ARCSystem(nn.Module):
             load(state[name])
 
     def export_state(self) -> tuple[dict[str, Tensor], dict]:
-        """Return (tensors, plain facts) that `import_state` needs: all that trained, and the memory."""
+        """Return (tensors, plain facts) that `import_state` needs: all that trained, the memory and its lessons."""
         tensors = {f"{part}.{name}": x for part, state in self.checkpoint_state().items() for name, x in state.items()}
         memory = self.memory.state_dict()
         tensors |= {f"memory.rows.{name}": rows for name, rows in memory.pop("rows").items()}
         tensors |= {f"memory.{name}": memory.pop(name) for name in ("mean", "squares")}
+        lessons = self.lessons.state_dict()
+        tensors |= {f"lessons.rows.{name}": rows for name, rows in lessons.pop("rows").items()}
         tasks = self.z_table.z.shape[0] - 1
-        return tensors, {"num_tasks": tasks, "base": self.base(), "memory": memory}
+        return tensors, {"num_tasks": tasks, "base": self.base(), "memory": memory, "lessons": lessons}
 
     def base(self) -> dict[str, str]:
         """Return which language model the weights belong to: its revision, and a hash of what is frozen of it."""
@@ -374,17 +414,18 @@ class ARCSystem(nn.Module):
         """Restore what `export_state` returned. Raises: ModelError when they belong to another language model."""
         self.prompt_model.require_base(**facts["base"])
         parts: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self.named_children()}
-        memory: dict = {**facts["memory"], "rows": {}}
+        stores: dict[str, dict] = {store: {**facts[store], "rows": {}} for store in STORES}
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")
-            if part != "memory":
+            if part not in stores:
                 parts[part][name] = tensor
             elif name.startswith("rows."):
-                memory["rows"][name.removeprefix("rows.")] = tensor
+                stores[part]["rows"][name.removeprefix("rows.")] = tensor
             else:
-                memory[name] = tensor
+                stores[part][name] = tensor
         self.load_checkpoint_state(parts)
-        self.memory.load_state_dict(memory)
+        self.memory.load_state_dict(stores["memory"])
+        self.lessons.load_state_dict(stores["lessons"])
 
     def policy_names(self) -> set[str]:
         """Return the names of the parameters that the policy's own optimizer owns."""

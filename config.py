@@ -279,6 +279,9 @@ class MemoryConfig:
     )
     memory_top_k: int = setting(5, "entries recalled per query", low=1)
     memory_similarity: float = setting(0.5, "least similarity of a recalled entry", low=-1, high=1)
+    memory_lessons: float = setting(
+        1.0, "weight of what lessons from similar tasks add to the judge of candidates; 0: nothing", low=0
+    )
     threshold_beta: float = setting(0.98, "decay of the running mean of scores", low=0, high=0.9999)
     threshold_kappa: float = setting(0.5, "standard deviations above the mean that a score must reach", low=0)
     threshold_low: float = setting(0.2, "lowest admission threshold", low=0, high=1)
@@ -445,8 +448,8 @@ RESUME_FREE = (
     "reward.reward_reverse", "reward.reward_dense",
     "policy.rl_every", "policy.rl_samples", "policy.rl_lr", "policy.action_scale", "policy.entropy_weight",
     "policy.curiosity_weight",
-    "memory.memory_recall", "memory.memory_top_k", "memory.memory_similarity", "memory.threshold_beta",
-    "memory.threshold_kappa", "memory.threshold_low", "memory.threshold_high",
+    "memory.memory_recall", "memory.memory_top_k", "memory.memory_similarity", "memory.memory_lessons",
+    "memory.threshold_beta", "memory.threshold_kappa", "memory.threshold_low", "memory.threshold_high",
     "optim.lr", "optim.muon_lr", "optim.weight_decay", "optim.clip", "optim.warmup", "optim.decay", "optim.ema",
     "evaluation.refine", "evaluation.refine_samples",
 )  # fmt: skip

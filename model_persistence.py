@@ -42,8 +42,9 @@ try:
 except ImportError:  # Windows: only the heartbeat protects a run
     fcntl = None
 
-# 2: health flags in the loop state; 3: the backward planner has own weights; 4: segments, rollbacks; 5: other batches
-FORMAT = 5
+# 2: health flags in the loop state; 3: the backward planner has own weights; 4: segments, rollbacks; 5: other batches;
+# 6: lessons
+FORMAT = 6
 CHECKPOINTS, BEST_DELTA, LOCK = "checkpoints", "best_delta.pt", ".lock"
 STEP_NAME = re.compile(r"step_(\d{9,})\.pt")
 TEMPORARY_NAME = re.compile(r"\.tmp-(\d+)-.*")
@@ -718,7 +719,7 @@ def _check_facts(config: Any) -> None:
     """Refuse a config.json whose facts beside the settings are of another kind than the system exports."""
     if not isinstance(config, dict):
         raise ValueError("config.json is damaged: it holds no object")
-    kinds = {"config": dict, "memory": dict, "num_tasks": int, "base": dict, "tasks": list, "seen": dict}
+    kinds = dict.fromkeys(("config", "memory", "lessons", "base", "seen"), dict) | {"num_tasks": int, "tasks": list}
     wrong = [name for name, kind in kinds.items() if name in config and type(config[name]) is not kind]
     if wrong:
         raise ValueError(f"config.json is damaged: {', '.join(wrong)}")

@@ -1,10 +1,11 @@
 """Remember solved tasks, recall similar ones, and learn how desirable each colour is in each task.
 
 Holds the admission threshold, the episodic memory (plain tensors on the CPU), the learned reader that lets a recalled
-entry enter the prompt and the preference, and the Z-learning table. Imports numpy, torch and config (L0).
-Used by arc_system, evaluate and the driver; everything that must survive a restart is in a state_dict of plain values.
+entry enter the prompt and the preference, the memory of lessons (what told right answers from wrong ones), and the
+Z-learning table. Imports numpy, torch and config (L0). Used by arc_system, evaluate and the driver; everything that
+must survive a restart is in a state_dict of plain values.
 
-Shapes: B batch (queries), K recalled entries, F features, Dp prompt width, H rows, W columns; 10 colours.
+Shapes: B batch (queries), K recalled entries, F features, Dp prompt width, E evidence, H rows, W columns; 10 colours.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,10 @@ FEATURE_CLIP = 5.0  # standard deviations; keeps a nearly constant feature from 
 GAIN_RATE = 0.1
 GAIN_SCALE = 0.05
 AGE_SCALE = 2000.0
+
+LESSON_TEMPERATURE = 0.2
+LESSON_CLIP = 3.0  # standard deviations
+LEAST_DEVIATION = 0.01
 
 
 # 1. Threshold ------------------------------------------------------------------------------------------------------
@@ -136,7 +141,77 @@ class Recall:
     index: Tensor
 
 
-class MemoryBuffer:
+class EntryTable:
+    """Entries as rows of plain tensors on the CPU that grow up to the capacity; a pair of a task taught each."""
+
+    def __init__(self, capacity: int, columns: dict[str, tuple[tuple[int, ...], torch.dtype]], *kinds: str):
+        self.capacity = capacity
+        names = ("number", "task", "pair", *kinds)
+        self._shapes = {**columns, **dict.fromkeys(names, ((), torch.int64))}
+        self._size = 0
+        self._rows = {name: torch.zeros(0, *shape, dtype=dtype) for name, (shape, dtype) in self._shapes.items()}
+        self._names: dict[str, dict[str, int]] = {kind: {} for kind in ("task", "pair", *kinds)}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def owners(self) -> list[tuple[str, str]]:
+        """Return the (task id, pair id) of each entry: whose answer it was learned from."""
+        names = {kind: list(texts) for kind, texts in self._names.items()}
+        ids = zip(self._live("task").tolist(), self._live("pair").tolist(), strict=True)
+        return [(names["task"][task], names["pair"][pair]) for task, pair in ids]
+
+    def _live(self, name: str) -> Tensor:
+        return self._rows[name][:self._size]
+
+    def _intern(self, kind: str, text: str) -> int:
+        return self._names[kind].setdefault(text, len(self._names[kind]))
+
+    def _identify(self, kind: str, texts: Sequence[str]) -> Tensor:
+        table = self._names[kind]
+        return torch.tensor([table.get(text, -1) for text in texts], dtype=torch.int64)
+
+    def _write(self, row: int, entry: dict[str, Any]) -> None:
+        for name in self._shapes:
+            self._rows[name][row] = entry[name]
+
+    def _remove(self, row: int) -> None:
+        last = self._size - 1
+        for value in self._rows.values():
+            value[row] = value[last]
+        self._size = last
+
+    def _append(self) -> int:
+        """Return the row of a new entry; the tensors double, up to the capacity, when they are full."""
+        allocated = len(self._rows["number"])
+        if self._size == allocated:
+            extra = min(max(64, allocated), self.capacity - allocated)
+            self._rows = {name: torch.cat([value, value.new_zeros(extra, *value.shape[1:])])
+                          for name, value in self._rows.items()}
+        self._size += 1
+        return self._size - 1
+
+    def _entries_state(self) -> dict[str, Any]:
+        return {"rows": {name: self._live(name).clone() for name in self._shapes},
+                "names": {kind: list(table) for kind, table in self._names.items()}}
+
+    def _load_entries(self, state: dict[str, Any]) -> None:
+        """Restore what `_entries_state` returned. Raises: ValueError when widths differ; then nothing has changed."""
+        for name, (shape, _) in self._shapes.items():
+            found = tuple(state["rows"][name].shape[1:])
+            if found != shape:
+                raise ValueError(f"memory: expected {name} of shape {list(shape)} per entry, got {list(found)}")
+        self._rows = {name: state["rows"][name].to("cpu", dtype).clone() for name, (_, dtype) in self._shapes.items()}
+        self._size = len(self._rows["number"])
+        self._names = {kind: {text: i for i, text in enumerate(state["names"][kind])} for kind in self._names}
+
+    def _keep(self, rows: Tensor) -> None:
+        """Forget all entries but these rows."""
+        self._rows = {name: value[rows].clone() for name, value in self._rows.items()}
+        self._size = len(rows)
+
+
+class MemoryBuffer(EntryTable):
     """Episodic memory: plain float32 tensors on the CPU that grow up to the capacity, searched by one product.
 
     `recall` changes nothing; `admit`, `count_hits`, `update_gain`, `refresh` and `reevaluate` do, so an optimizer step
@@ -144,27 +219,19 @@ class MemoryBuffer:
     """
 
     def __init__(self, config: MemoryConfig, *, feature_dim: int = 32, prompt_dim: int):
-        self.config, self.feature_dim, self.prompt_dim = config, feature_dim, prompt_dim
-        self.threshold = EmaThreshold(config)
-        self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        super().__init__(config.memory_capacity, {
             "features": ((feature_dim,), torch.float32), "prompt": ((prompt_dim,), torch.float32),
             "delta": ((prompt_dim,), torch.float32), "color_map": ((NUM_COLORS, NUM_COLORS), torch.float32),
             "score": ((), torch.float32), "exact": ((), torch.bool), "gain": ((), torch.float32),
-            "hits": ((), torch.int64), "number": ((), torch.int64), "step": ((), torch.int64),
-            "version": ((), torch.int64), "task": ((), torch.int64), "pair": ((), torch.int64),
-            "size_rule": ((), torch.int64),
-        }
-        self._size = 0
-        self._rows = {name: torch.zeros(0, *shape, dtype=dtype) for name, (shape, dtype) in self._shapes.items()}
-        self._names: dict[str, dict[str, int]] = {"task": {}, "pair": {}, "size_rule": {}}
+            "hits": ((), torch.int64), "step": ((), torch.int64), "version": ((), torch.int64),
+        }, "size_rule")  # fmt: skip
+        self.config, self.feature_dim, self.prompt_dim = config, feature_dim, prompt_dim
+        self.threshold = EmaThreshold(config)
         self._counters = dict.fromkeys(("offered", "admissions", "replaced", "evicted", "queries", "answered"), 0)
         self._seen = 0
         self._mean = torch.zeros(feature_dim, dtype=torch.float64)
         self._squares = torch.zeros(feature_dim, dtype=torch.float64)  # sum of squared deviations from the mean
         self._mirrors: dict[torch.device, dict[str, Tensor]] = {}
-
-    def __len__(self) -> int:
-        return self._size
 
     def statistics(self) -> dict[str, float]:
         """Return size, theta and the counts so far, all plain numbers, for the log."""
@@ -202,12 +269,6 @@ class MemoryBuffer:
             admitted += self._insert(entry)
         self._mirrors.clear()
         return admitted
-
-    def owners(self) -> list[tuple[str, str]]:
-        """Return the (task id, pair id) of each entry: whose answer it was learned from."""
-        names = {kind: list(texts) for kind, texts in self._names.items()}
-        ids = zip(self._live("task").tolist(), self._live("pair").tolist(), strict=True)
-        return [(names["task"][task], names["pair"][pair]) for task, pair in ids]
 
     def entries(self) -> list[dict[str, Any]]:
         """Return of each entry, as plain values: number (as in a Recall), task and pair (see `owners`), score, gain,
@@ -286,7 +347,8 @@ class MemoryBuffer:
             query = self._key(features.float(), prompt.float(), mirror["mean"], mirror["std"])
             similarity = (query @ mirror["key"].T).clamp(-1.0, 1.0)
             if self.config.memory_recall == "random":
-                similarity = self._random_similarity(mirror["number"], task_ids)
+                least = self.config.memory_similarity
+                similarity = least + (1.0 - least) * random_shares(mirror["number"], task_ids)
             usable = mirror["task"] != self._identify("task", task_ids).to(features.device)[:, None]
             if pair_ids is not None:
                 usable &= mirror["pair"] != self._identify("pair", pair_ids).to(features.device)[:, None]
@@ -296,13 +358,6 @@ class MemoryBuffer:
             top = min(self.config.memory_top_k, self._size)
             row = (grade.mul_(2**40).sub_(mirror["number"])).topk(top, dim=1).indices
             return self._gather(mirror, row, similarity.gather(1, row), usable.gather(1, row))
-
-    def _random_similarity(self, number: Tensor, task_ids: Sequence[str]) -> Tensor:
-        """Return [B, entries] in [least similarity, 1], a function of task and entry alone: the control of recall."""
-        tasks = torch.tensor([zlib.crc32(text.encode()) for text in task_ids], device=number.device)[:, None]
-        mixed = (tasks * 2654435761 + number * 40503) % 2**32
-        share = (mixed * 2246822519 % 2**32 >> 8).float() / 2**24
-        return self.config.memory_similarity + (1.0 - self.config.memory_similarity) * share
 
     def _gather(self, mirror: dict[str, Tensor], row: Tensor, similarity: Tensor, valid: Tensor) -> Recall:
         """Return the rows' payload as a Recall of exactly K columns, padded with invalid ones."""
@@ -327,9 +382,7 @@ class MemoryBuffer:
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, numbers, strings, lists and dicts only, so that weights_only loading accepts it."""
         return {
-            "rows": {name: self._live(name).clone() for name in self._shapes},
-            "names": {kind: list(table) for kind, table in self._names.items()},
-            "counters": dict(self._counters), "threshold": self.threshold.state_dict(),
+            **self._entries_state(), "counters": dict(self._counters), "threshold": self.threshold.state_dict(),
             "seen": self._seen, "mean": self._mean.clone(), "squares": self._squares.clone(),
         }
 
@@ -338,34 +391,16 @@ class MemoryBuffer:
 
         Raises: ValueError when the widths differ; then nothing has changed.
         """
-        for name, (shape, _) in self._shapes.items():
-            found = tuple(state["rows"][name].shape[1:])
-            if found != shape:
-                raise ValueError(f"memory: expected {name} of shape {list(shape)} per entry, got {list(found)}")
-        self._rows = {name: state["rows"][name].to("cpu", dtype).clone() for name, (_, dtype) in self._shapes.items()}
-        self._size = self._rows["score"].shape[0]
-        self._names = {kind: {text: i for i, text in enumerate(state["names"][kind])} for kind in self._names}
+        self._load_entries(state)
         self._counters = {name: int(state["counters"][name]) for name in self._counters}
         self.threshold.load_state_dict(state["threshold"])
         self._seen = int(state["seen"])
         self._mean, self._squares = state["mean"].double().clone(), state["squares"].double().clone()
-        if self._size > self.config.memory_capacity:
-            kept = self._utility().topk(self.config.memory_capacity).indices.sort().values
-            self._rows = {name: value[kept].clone() for name, value in self._rows.items()}
-            self._size = self.config.memory_capacity
+        if self._size > self.capacity:
+            self._keep(self._utility().topk(self.capacity).indices.sort().values)
         self._mirrors.clear()
 
     # Internals
-
-    def _live(self, name: str) -> Tensor:
-        return self._rows[name][:self._size]
-
-    def _intern(self, kind: str, text: str) -> int:
-        return self._names[kind].setdefault(text, len(self._names[kind]))
-
-    def _identify(self, kind: str, texts: Sequence[str]) -> Tensor:
-        table = self._names[kind]
-        return torch.tensor([table.get(text, -1) for text in texts], dtype=torch.int64)
 
     def _locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of numbered entries and where they still exist, both of the index's shape, on the host."""
@@ -425,7 +460,7 @@ class MemoryBuffer:
             if duplicate:
                 self._merge(sorted(duplicate, key=self._quality), entry)
                 return 0
-        full = self._size >= self.config.memory_capacity
+        full = self._size >= self.capacity
         if same.numel() >= MAX_PER_TASK:
             row = min(same.tolist(), key=self._quality)
             if self._quality(row) >= (float(entry["score"]), bool(entry["exact"])):
@@ -456,25 +491,12 @@ class MemoryBuffer:
     def _quality(self, row: int) -> tuple[float, bool]:
         return float(self._rows["score"][row]), bool(self._rows["exact"][row])
 
-    def _write(self, row: int, entry: dict[str, Any]) -> None:
-        for name in self._shapes:
-            self._rows[name][row] = entry[name]
 
-    def _remove(self, row: int) -> None:
-        last = self._size - 1
-        for value in self._rows.values():
-            value[row] = value[last]
-        self._size = last
-
-    def _append(self) -> int:
-        """Return the row of a new entry; the tensors double, up to the capacity, when they are full."""
-        allocated = len(self._rows["score"])
-        if self._size == allocated:
-            extra = min(max(64, allocated), self.config.memory_capacity - allocated)
-            self._rows = {name: torch.cat([value, value.new_zeros(extra, *value.shape[1:])])
-                          for name, value in self._rows.items()}
-        self._size += 1
-        return self._size - 1
+def random_shares(number: Tensor, task_ids: Sequence[str]) -> Tensor:
+    """Return [B, entries] in [0, 1), a function of a task and an entry's number alone: the control of recall."""
+    tasks = torch.tensor([zlib.crc32(text.encode()) for text in task_ids], device=number.device)[:, None]
+    mixed = (tasks * 2654435761 + number * 40503) % 2**32
+    return (mixed * 2246822519 % 2**32 >> 8).float() / 2**24
 
 
 class MemoryReader(nn.Module):
@@ -523,7 +545,100 @@ class MemoryReader(nn.Module):
                                F.logsigmoid(self.prior_gate) + remembered.log())
 
 
-# 3. Z-learning -----------------------------------------------------------------------------------------------------
+# 3. Lessons ---------------------------------------------------------------------------------------------------------
+
+
+class Lessons(NamedTuple):
+    """What a batch of ranked candidates teaches: key, direction [B, E], and whether it teaches anything, told [B] bool.
+
+    key: the mean evidence of an input's candidates, by which similar inputs are found; direction: the mean evidence of
+    the right ones less that expected by the judge, which is how its loss wants its weights to move.
+    """
+
+    key: Tensor
+    direction: Tensor
+    told: Tensor
+
+
+class LessonBuffer(EntryTable):
+    """What told the right candidate of each pair from the wrong ones; recalled for tasks whose candidates are similar.
+
+    One entry a pair, half-precision, replaced when the pair is seen again; a full buffer forgets the oldest.
+    """
+
+    def __init__(self, config: MemoryConfig, width: int):
+        columns = {name: ((width,), torch.float16) for name in ("key", "direction")}
+        super().__init__(config.memory_capacity, columns)
+        self.config, self.width = config, width
+        self._written = 0
+        self._mirrors: dict[torch.device, dict[str, Tensor]] = {}
+
+    def admit(self, lessons: Lessons, task_ids: Sequence[str], pair_ids: Sequence[str]) -> None:
+        """Store the lessons that teach something and are finite, under their pairs' base ids."""
+        key, direction = (x.detach().to("cpu", torch.float16) for x in (lessons.key, lessons.direction))
+        chosen = lessons.told.cpu() & key.isfinite().all(1) & direction.isfinite().all(1)
+        for i in np.flatnonzero(chosen.numpy()).tolist():
+            task, pair = self._intern("task", task_ids[i]), self._intern("pair", pair_ids[i])
+            entry = {"key": key[i], "direction": direction[i], "number": self._written, "task": task, "pair": pair}
+            self._write(self._row_of(task, pair), entry)
+            self._written += 1
+        self._mirrors.clear()
+
+    def recall(self, key: Tensor, task_ids: Sequence[str]) -> Tensor:
+        """Return the mean direction [B, E] of all entries of other tasks, weighted by similarity to the keys.
+
+        key [B, E] is as in Lessons. The weights are a softmax over cosines of standardised keys; the mean is 0 where
+        there is no entry. Runs on the keys' device without a host copy.
+        """
+        mirror = self._mirror(key.device)
+        with torch.no_grad(), torch.autocast(key.device.type, enabled=False):
+            similarity = self._unit(key.float(), mirror["mean"], mirror["std"]) @ mirror["key"].T
+            if self.config.memory_recall == "random":
+                similarity = 2 * random_shares(mirror["number"], task_ids) - 1
+            usable = mirror["task"] != self._identify("task", task_ids).to(key.device)[:, None]
+            weights = torch.where(usable, similarity / LESSON_TEMPERATURE, -torch.inf).softmax(1)
+            return torch.where(usable, weights, 0.0) @ mirror["direction"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors, numbers, strings, lists and dicts only, so that weights_only loading accepts it."""
+        return {**self._entries_state(), "written": self._written}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; into a smaller capacity only the newest go. Raises: ValueError when the
+        widths differ; then nothing has changed."""
+        self._load_entries(state)
+        self._written = int(state["written"])
+        if self._size > self.capacity:
+            self._keep(self._live("number").topk(self.capacity).indices.sort().values)
+        self._mirrors.clear()
+
+    def _row_of(self, task: int, pair: int) -> int:
+        """Return the row for a pair's lesson: its own, a new one, or the oldest."""
+        number, tasks, pairs = (self._live(name).numpy() for name in ("number", "task", "pair"))
+        own = np.flatnonzero((tasks == task) & (pairs == pair))
+        if len(own):
+            return int(own[0])
+        return self._append() if self._size < self.capacity else int(number.argmin())
+
+    @staticmethod
+    def _unit(key: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return F.normalize(((key - mean) / std).clamp(-LESSON_CLIP, LESSON_CLIP), dim=-1)
+
+    def _mirror(self, device: torch.device) -> dict[str, Tensor]:
+        """Return what recall reads, on the given device; made anew after each change of the entries."""
+        if device not in self._mirrors:
+            key = self._live("key").float()
+            count = max(self._size, 1)
+            mean = key.sum(0) / count
+            std = ((key - mean).square().sum(0) / count).sqrt().clamp_min(LEAST_DEVIATION)
+            mirror = {name: self._live(name) for name in ("number", "task")}
+            mirror |= {"mean": mean, "std": std, "key": self._unit(key, mean, std),
+                       "direction": self._live("direction").float()}
+            self._mirrors[device] = {name: value.to(device) for name, value in mirror.items()}
+        return self._mirrors[device]
+
+
+# 4. Z-learning -----------------------------------------------------------------------------------------------------
 
 
 def z_update(z: Tensor, total: Tensor, count: Tensor, rate: float) -> Tensor:

@@ -192,7 +192,7 @@ from report_page import write_report
 from run_backup import Backup, bring_back
 from run_pictures import write_curves
 from session_time import RESERVE, Costs, Pace
-from solver2 import Candidates
+from solver2 import Candidates, Lessons
 from trackers import Tracker, TrackerError, make_tracker, require_tracker
 from voting import choose_views, validate_votes
 
@@ -255,6 +255,7 @@ class StepResult(StepNumbers):
     refined: Tensor  # [B, Dp]
     trajectory: Trajectory
     judge: Tensor  # the judge's loss, which no other part learns from
+    lessons: Lessons | None  # what its candidates teach, for the memory; None where the judge does not train
     share: Share = WHOLE
 
 
@@ -286,8 +287,10 @@ def train_step(system: ARCSystem, query: Query, answer: Answer, moment: Moment) 
         progress=moment.progress,
         share=moment.share,
     )
-    judge = system.judge_loss(query, answer)
-    return StepResult(terms.total, terms, policy, reward, gain, move, scene, refined, trajectory, judge, moment.share)
+    judge, lessons = system.judge_loss(query, answer)
+    return StepResult(
+        terms.total, terms, policy, reward, gain, move, scene, refined, trajectory, judge, lessons, moment.share
+    )
 
 
 # 2. One update -------------------------------------------------------------------------------------------------------
@@ -396,18 +399,21 @@ def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResu
     move = torch.zeros_like(result.refined) if result.move is None else result.move
     recall, gain = result.scene.recall, result.gain
     seen = () if recall is None else (recall.index, recall.valid, recall.weights)
-    seen = (*seen, *(() if gain is None else (gain,)))
-    move, features, *rest = share.rows(move, result.scene.features, score, prior_score, exact, *seen)
+    others = (*(result.lessons or ()), *seen, *(() if gain is None else (gain,)))
+    move, features, *rest = share.rows(move, result.scene.features, score, prior_score, exact, *others)
     floats = (x.float() for x in (embedding, move, features, *rest[:2]))
-    prompt, delta, features, score, prior_score, exact, *seen = to_host(*floats, *rest[2:])
+    prompt, delta, features, score, prior_score, exact, *others = to_host(*floats, *rest[2:])
     contexts = query.contexts if share.is_whole else share.contexts
     tasks, pairs = [c.task_id for c in contexts], [c.pair_id for c in contexts]
     candidates = Candidates(
         task_ids=tasks, pair_ids=pairs, size_rules=system.prior.size_rules(contexts), features=features, prompt=prompt,
         delta=delta, color_map=system.prior.color_maps(contexts), score=score, prior_score=prior_score, exact=exact,
     )  # fmt: skip
+    if result.lessons is not None:
+        key, direction, told, *others = others
+        system.lessons.admit(Lessons(key, direction, told), tasks, pairs)
     if recall is not None:
-        index, valid, weights, *gain = seen
+        index, valid, weights, *gain = others
         system.memory.count_hits(index, valid)
         if gain:
             system.memory.update_gain(index, gain[0], weights)
@@ -1360,6 +1366,7 @@ def checkpoint_payload(run: Run) -> dict[str, Any]:
         "scaler": run.runtime.scaler.state_dict() if run.runtime.scaler.is_enabled() else None,
         "average": run.average.state_dict(),
         "memory": run.system.memory.state_dict(),
+        "lessons": run.system.lessons.state_dict(),
         "loop": {**dataclasses.asdict(run.state), "health": run.health.state_dict()},
         "rng": rng_state(),
         "metrics_offset": run.log.offset(),
@@ -1371,7 +1378,7 @@ def checkpoint_payload(run: Run) -> dict[str, Any]:
 def shared_part(payload: dict[str, Any]) -> dict[str, Any]:
     """Return what of a payload has to be the same on all processes: all but times, and what one of them alone has."""
     loop = {k: v for k, v in payload["loop"].items() if k != "device" and not k.endswith("_seconds")}
-    return {**{k: payload[k] for k in ("system", "optimizers", "scaler", "average", "memory")}, "loop": loop}
+    return {**{k: payload[k] for k in ("system", "optimizers", "scaler", "average", "memory", "lessons")}, "loop": loop}
 
 
 def require_saved(run: Run) -> None:
@@ -1412,7 +1419,9 @@ OPTIMIZER_TENSORS = {"Muon": 1, "AdamW": 2, "Adam": 2}  # as large as the parame
 
 def expected_sizes(run: Run) -> tuple[int, int]:
     """Return the bytes of a checkpoint once the optimizers have taken a step, and of the best weights."""
-    weights = count_bytes(run.system.checkpoint_state()) + count_bytes(run.system.memory.state_dict())
+    system = run.system
+    states = (system.checkpoint_state(), system.memory.state_dict(), system.lessons.state_dict())
+    weights = sum(map(count_bytes, states))
     size = weights + count_bytes(run.average.state_dict())
     for optimizer in (*run.optimizers.main.values(), run.optimizers.policy):
         tensors = OPTIMIZER_TENSORS[type(optimizer).__name__]
@@ -1444,6 +1453,7 @@ def restore(run: Run, payload: dict[str, Any]) -> None:
         run.console.note("the checkpoint was written without a loss scaler; it starts at its default scale")
     run.average.load_state_dict(payload["average"])
     run.system.memory.load_state_dict(payload["memory"])
+    run.system.lessons.load_state_dict(payload["lessons"])
     loop = dict(payload["loop"])
     run.health.load_state_dict(loop.pop("health"))
     for name in ("window", "epoch_sums"):

@@ -9,7 +9,7 @@ import torch
 from conftest import Lab
 
 from arc_data import Augmentation, collate, test_contexts
-from arc_system import NO_CANDIDATE, CandidateJudge, ranking_loss
+from arc_system import NO_CANDIDATE, CandidateJudge, candidate_key, lessons_of, ranking_loss
 from demo_prior import MAX_CANDIDATES
 from prior_cache import NUM_EVIDENCE, candidate_evidence
 
@@ -61,13 +61,13 @@ def test_the_judge_learns_which_candidate_is_right_and_nothing_else_learns_from_
     system, pairs = lab.system, [lab.batch(k) for k in range(3)]
 
     def losses():
-        return [system.judge_loss(query, answer) for query, answer in pairs]
+        return [system.judge_loss(query, answer)[0] for query, answer in pairs]
 
     plain = system.prior.evidence
     system.prior.evidence = lambda query, sizes: tuple(x.roll(1, 1) for x in plain(query, sizes))
     grids = system.prior.candidates
     system.prior.candidates = lambda *args, **kwargs: tuple(x.roll(1, 1) for x in grids(*args, **kwargs))
-    pairs = [pair for pair in pairs if system.judge_loss(*pair) > 0]  # none of the others' answers is a candidate
+    pairs = [pair for pair in pairs if system.judge_loss(*pair)[0] > 0]  # none of the others' answers is a candidate
     before = torch.stack(losses())
     system.zero_grad()
     before.sum().backward()
@@ -80,7 +80,8 @@ def test_the_judge_learns_which_candidate_is_right_and_nothing_else_learns_from_
         optimizer.step()
     assert (torch.stack(losses()) < 0.2 * before).all()
     off = make_lab("--lambda-judge", "0")
-    assert off.system.judge_loss(*off.batch()).item() == 0
+    loss, lessons = off.system.judge_loss(*off.batch())
+    assert loss.item() == 0 and lessons is None
 
 
 def test_a_confident_prior_keeps_its_best_in_front(tasks, make_lab):
@@ -96,3 +97,75 @@ def test_a_confident_prior_keeps_its_best_in_front(tasks, make_lab):
     assert sure.any() and not sure.all()
     kept = (grids[:, 0] == plain[:, 0]).flatten(1).all(1)
     assert torch.equal(kept, sure | ((weights > 0).sum(1) == 1))
+
+
+def ranked(seed=0, count=6):
+    """Return evidence, exists, right and a judge with random weights; the last two rows teach nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    evidence = torch.randn(count, MAX_CANDIDATES, NUM_EVIDENCE, generator=generator)
+    exists = torch.arange(MAX_CANDIDATES) < torch.arange(2, count + 2)[:, None]
+    right = exists & (torch.arange(MAX_CANDIDATES) == 1)
+    right[-2] = exists[-2]
+    right[-1] = False
+    judge = CandidateJudge()
+    torch.nn.init.normal_(judge.weight, std=0.02, generator=generator)
+    return evidence * exists[..., None], exists, right, judge
+
+
+def test_a_lesson_is_the_way_down_of_the_ranking_loss():
+    evidence, exists, right, judge = ranked()
+    change = torch.zeros(len(evidence), NUM_EVIDENCE, requires_grad=True)
+    ranking_loss(judge(evidence, exists, change), right).sum().backward()
+    lessons = lessons_of(evidence, exists, right, judge(evidence, exists))
+    assert torch.allclose(lessons.direction, -change.grad, atol=1e-5) and not lessons.direction.requires_grad
+    assert lessons.told.tolist() == [True] * 4 + [False] * 2 and not lessons.direction[4:].any()
+    for b in range(len(evidence)):
+        assert torch.allclose(lessons.key[b], evidence[b][exists[b]].mean(0), atol=1e-6)
+    assert not candidate_key(evidence, torch.zeros_like(exists)).any()
+
+
+def test_what_is_recalled_is_a_change_of_each_inputs_weights():
+    evidence, exists, _, judge = ranked()
+    change = 0.1 * torch.randn(len(evidence), NUM_EVIDENCE, generator=torch.Generator().manual_seed(1))
+    logits = judge(evidence, exists, change)
+    for b in range(len(evidence)):
+        other = CandidateJudge()
+        with torch.no_grad():
+            other.weight.copy_(judge.weight + change[b])
+        assert torch.allclose(logits[b], other(evidence[b : b + 1], exists[b : b + 1])[0], atol=1e-4)
+    assert torch.equal(judge(evidence, exists, torch.zeros_like(change)), judge(evidence, exists))
+
+
+def test_a_step_stores_what_its_candidates_teach_and_other_tasks_recall_it(tasks, make_lab):
+    """Every pair whose answer is a candidate beside a wrong one, and no other, whatever the planner made of it."""
+    lab: Lab = make_lab("--batch-size", "8", "--augment", "none")
+    told, others = [], []
+    for k in range(lab.sampler.num_batches(0)):
+        query, answer = lab.batch(k)
+        _, lessons = lab.system.judge_loss(query, answer)
+        for context, teaches in zip(query.contexts, lessons.told.tolist(), strict=True):
+            (told if teaches else others).append((context.task_id, context.pair_id))
+        lab.step(k)
+    assert told and others and sorted(lab.system.lessons.owners()) == sorted(told)
+    lab.system.eval()
+    asked, _ = collate([context for context, _ in questions(tasks)])
+    shapes = lab.system.prior.likeliest_sizes(asked)
+    evidence, exists = lab.system.prior.evidence(asked, shapes)
+    added = lab.system.recalled_lessons(asked, evidence, exists)
+    names = [c.task_id for c in asked.contexts]
+    recalled = lab.system.lessons.recall(candidate_key(evidence, exists), names)
+    assert added.any() and torch.equal(added, lab.system.config.memory.memory_lessons * recalled)
+    _, with_lessons = lab.system.judged(asked, shapes, (30, 30))
+    lab.system.lessons.load_state_dict(type(lab.system.lessons)(lab.system.config.memory, NUM_EVIDENCE).state_dict())
+    _, without = lab.system.judged(asked, shapes, (30, 30))
+    assert not torch.equal(with_lessons, without)
+
+
+def test_without_memory_or_weight_no_lesson_is_recalled(make_lab):
+    for flags in (("--no-use-memory",), ("--memory-lessons", "0")):
+        lab = make_lab(*flags)
+        query, answer = lab.batch()
+        lab.step(0)
+        evidence, exists = lab.system.prior.evidence(query, answer.shapes)
+        assert lab.system.recalled_lessons(query, evidence, exists) is None
+    assert len(lab.system.lessons)  # with weight 0 they are still stored, for a later resume

@@ -243,6 +243,7 @@ def test_best_weights_predict_what_the_averaged_weights_predict(reference, tasks
     trained = ARCSystem(small_config(), len(tasks))
     trained.load_checkpoint_state(payload["system"])
     trained.memory.load_state_dict(payload["memory"])
+    trained.lessons.load_state_dict(payload["lessons"])
     live = all_predictions(trained, tasks)
     with torch.no_grad():
         for name, parameter in trained.named_parameters():

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import trainloop_complete_with_fixes as driver
 from arc_system import to_host
-from solver2 import MemoryBuffer
+from solver2 import LessonBuffer, MemoryBuffer
 
 ROOT = Path(driver.__file__).resolve().parent
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
-ON_HOST = ("admit", "count_hits", "update_gain", "refresh", "reevaluate")  # of the memory, on host tensors
+ON_HOST = {MemoryBuffer: ("admit", "count_hits", "update_gain", "refresh", "reevaluate"), LessonBuffer: ("admit",)}
 
 
 def reader() -> str:
@@ -60,11 +60,14 @@ def waits(monkeypatch) -> Counter:
         storages.update(x.untyped_storage().data_ptr() for x in copies)
         return copies
 
-    def on_host(name):
-        original = getattr(MemoryBuffer, name)
+    def parts(value):
+        return value if isinstance(value, tuple) else (value, *getattr(value, "__dict__", {}).values())
+
+    def on_host(store, name):
+        original = getattr(store, name)
 
         def call(self, *args, **kwargs):
-            for value in (x for a in (*args, *kwargs.values()) for x in (a, *getattr(a, "__dict__", {}).values())):
+            for value in (x for a in (*args, *kwargs.values()) for x in parts(a)):
                 known = not isinstance(value, Tensor) or value.untyped_storage().data_ptr() in storages
                 assert known or value.shape[1:] == (10, 10), f"{name} got a tensor that is not on the host"
             inside.append(name)
@@ -77,8 +80,9 @@ def waits(monkeypatch) -> Counter:
 
     for name in READS:
         monkeypatch.setattr(Tensor, name, counted(name))
-    for name in ON_HOST:
-        monkeypatch.setattr(MemoryBuffer, name, on_host(name))
+    for store, names in ON_HOST.items():
+        for name in names:
+            monkeypatch.setattr(store, name, on_host(store, name))
     monkeypatch.setattr(driver, "to_host", copied)
     return found
 
@@ -100,7 +104,7 @@ def test_a_step_waits_for_its_gradients_and_for_what_the_memory_is_offered(build
     steps(run, 2, scores)  # the memory fills, and caches
     waits.clear()
     steps(run, 3, scores)
-    assert len(run.system.memory) > 0
+    assert len(run.system.memory) > 0 and len(run.system.lessons) > 0
     del waits["torch.optim"]
     assert waits == {"trainloop_complete_with_fixes.finish_step": 3, "arc_system.to_host": 3}
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import MemoryConfig
-from solver2 import Candidates, EmaThreshold, MemoryBuffer, MemoryReader, ZTable, z_update
+from solver2 import Candidates, EmaThreshold, LessonBuffer, Lessons, MemoryBuffer, MemoryReader, ZTable, z_update
 
 FEATURES, PROMPT = 6, 8
 
@@ -559,6 +559,98 @@ def test_extended_preference_equals_the_mixture_cell_by_cell():
             expected = math.log((1 - w) * log_prob[b, h, x, c].exp() + w * remembered)
             assert mixed[b, h, x, c].item() == pytest.approx(expected, abs=1e-5)
     torch.testing.assert_close(mixed.logsumexp(-1), torch.zeros(2, 3, 4), atol=1e-5, rtol=0)
+
+
+# Lessons
+
+
+def make_lessons(count, width=5, seed=0, told=True):
+    generator = torch.Generator().manual_seed(seed)
+    key, direction = (torch.randn(count, width, generator=generator) for _ in range(2))
+    return Lessons(key, direction, torch.as_tensor(told).expand(count).clone())
+
+
+def make_lesson_buffer(width=5, **settings):
+    return LessonBuffer(MemoryConfig(**settings), width)
+
+
+def recalled_by_hand(lessons, owners, key, task, temperature=0.2):
+    """Return the mean direction for one query, entry by entry in float64."""
+    keys, directions = (x.half().double().numpy() for x in (lessons.key, lessons.direction))
+    mean, std = keys.mean(0), np.maximum(keys.std(0), 0.01)
+
+    def unit(x):
+        x = np.clip((x - mean) / std, -3, 3)
+        return x / max(np.linalg.norm(x), 1e-12)
+
+    total, norm = np.zeros(keys.shape[1]), 0.0
+    for own, k, direction in zip(owners, keys, directions, strict=True):
+        if own[0] != task:
+            weight = math.exp(unit(key.double().numpy()) @ unit(k) / temperature)
+            total, norm = total + weight * direction, norm + weight
+    return total / norm if norm else total
+
+
+def test_lessons_are_recalled_as_computed_by_hand_and_never_for_their_own_task():
+    buffer, lessons = make_lesson_buffer(), make_lessons(7)
+    owners = [("a", "1"), ("a", "2"), ("b", "3"), ("c", "4"), ("d", "5"), ("e", "6"), ("e", "7")]
+    buffer.admit(lessons, *map(list, zip(*owners, strict=True)))
+    assert buffer.owners() == owners
+    asking = ["a", "new", "e", "c"]
+    keys = make_lessons(len(asking), seed=3).key
+    for key, task, mean in zip(keys, asking, buffer.recall(keys, asking), strict=True):
+        np.testing.assert_allclose(mean, recalled_by_hand(lessons, owners, key, task), atol=1e-5)
+
+
+def test_no_lesson_is_recalled_from_an_empty_buffer_or_one_that_holds_the_own_task_only():
+    buffer = make_lesson_buffer()
+    assert not buffer.recall(make_lessons(2).key, ["a", "b"]).any()
+    buffer.admit(make_lessons(2), ["a", "a"], ["1", "2"])
+    assert not buffer.recall(make_lessons(1).key, ["a"]).any()
+    assert buffer.recall(make_lessons(1).key, ["b"]).any()
+
+
+def test_lessons_that_teach_nothing_or_are_not_finite_are_left_out_and_a_pair_seen_again_is_replaced():
+    buffer, lessons = make_lesson_buffer(), make_lessons(4, told=torch.tensor([True, False, True, True]))
+    lessons.key[2, 0], lessons.direction[3, 1] = torch.nan, 1e6  # no half-precision number is as large
+    buffer.admit(lessons, list("abcd"), list("1234"))
+    assert buffer.owners() == [("a", "1")]
+    later = make_lessons(2, seed=1)
+    buffer.admit(later, ["b", "a"], ["2", "1"])
+    assert buffer.owners() == [("a", "1"), ("b", "2")]
+    assert torch.equal(buffer.state_dict()["rows"]["direction"], later.direction[[1, 0]].half())
+
+
+def test_a_full_buffer_forgets_the_lesson_not_renewed_for_longest():
+    buffer = make_lesson_buffer(memory_capacity=3)
+    for step, pair in enumerate("1234" "3" "5"):
+        buffer.admit(make_lessons(1, seed=step), [f"t{pair}"], [pair])
+    assert sorted(pair for _, pair in buffer.owners()) == ["3", "4", "5"]
+
+
+def test_random_lessons_depend_on_task_and_entry_alone():
+    buffer = make_lesson_buffer(memory_recall="random")
+    buffer.admit(make_lessons(6), list("abcdef"), list("123456"))
+    one = buffer.recall(make_lessons(2, seed=1).key, ["x", "y"])
+    other = buffer.recall(make_lessons(2, seed=2).key, ["x", "y"])
+    assert torch.equal(one, other) and not torch.equal(one[0], one[1])
+
+
+def test_lessons_survive_a_weights_only_file_bit_for_bit_and_a_smaller_buffer_keeps_the_newest():
+    buffer = make_lesson_buffer()
+    for step, pair in enumerate("12341"):
+        buffer.admit(make_lessons(1, seed=step), [f"t{pair}"], [pair])
+    state, key = reload_state(buffer.state_dict()), make_lessons(2, seed=9).key
+    again, small = make_lesson_buffer(), make_lesson_buffer(memory_capacity=2)
+    again.load_state_dict(state)
+    assert torch.equal(again.recall(key, ["x", "t1"]), buffer.recall(key, ["x", "t1"]))
+    for store in (again, buffer):
+        store.admit(make_lessons(1, seed=7), ["t2"], ["2"])
+    assert torch.equal(again.state_dict()["rows"]["number"], buffer.state_dict()["rows"]["number"])
+    small.load_state_dict(state)
+    assert small.owners() == [("t1", "1"), ("t4", "4")]
+    with pytest.raises(ValueError, match="expected key of shape"):
+        make_lesson_buffer(width=6).load_state_dict(state)
 
 
 # Z-learning
