@@ -77,7 +77,7 @@ SIZE_RESUME = ("tests/test_driver.py::test_resume_with_other_batch_sizes_trains_
                "tests/test_driver.py::test_batch_size_that_changes_within_an_epoch_survives_a_kill")  # fmt: skip
 RATE_RESUME = ("tests/test_driver.py::test_resume_with_another_learning_rate_uses_it",)
 PARTS = ("tests/test_memory_ladder.py::test_gradients_of_parts_add_up_to_those_of_the_batch",)
-JUDGE = ("tests/test_candidate_judge.py",)
+RANKING = ("tests/test_candidate_judge.py",)
 DRAWS = ("tests/test_memory_ladder.py::test_parts_draw_numbers_of_their_own",)
 NO_TRACE = ("tests/test_memory_ladder.py::test_step_that_does_not_fit_leaves_no_trace",)
 RUNG = ("tests/test_memory_ladder.py::test_resume_on_a_rung_is_exact",)
@@ -215,6 +215,12 @@ FAULTS = (
     Fault("memory not restored by a resume", "trainloop_complete_with_fixes.py",
           '    run.system.memory.load_state_dict(payload["memory"])\n',
           "", RESUME),
+    Fault("lessons not restored by a resume", "trainloop_complete_with_fixes.py",
+          '    run.system.lessons.load_state_dict(payload["lessons"])\n',
+          "", RESUME),
+    Fault("a task recalls its own lessons", "solver2.py",
+          'usable = mirror["task"] != self._identify("task", task_ids).to(key.device)[:, None]',
+          'usable = mirror["task"] != torch.full((len(key), 1), -1, device=key.device)', MEMORY),
     Fault("pairs come again after another batch size", "arc_data.py",
           "gone = {pair for batch in done for pair in batch}",
           "gone = set()", SIZES),
@@ -230,7 +236,10 @@ FAULTS = (
           "total", PARTS),
     Fault("the judge learns that every candidate is right", "arc_system.py",
           "ranking_loss(logits, right)",
-          "ranking_loss(logits, exists)", JUDGE),
+          "ranking_loss(logits, exists)", RANKING),
+    Fault("lessons point away from the right candidate", "arc_system.py",
+          "torch.where(told[:, None], change, 0.0)",
+          "torch.where(told[:, None], -change, 0.0)", RANKING),
     Fault("gradients of a part that failed stay", "trainloop_complete_with_fixes.py",
           "        drop_gradients(run.optimizers)  # here,",
           "        # here,", NO_TRACE),
