@@ -363,6 +363,15 @@ class Block(nn.Module):
         return by_row[:, :, None] + by_col[:, None] + F.linear(grid, grid_weight)[:, None, None]
 
 
+def colors_of(weight: Tensor, views: Tensor) -> Tensor:
+    """Return how much weight [B, R, n, V] falls on each colour [B, R, n, C] that views [B, n, V] show; outside: none."""
+    if weight.device.type == "cpu":  # a product of thousands of small matrices is slow there
+        total = weight.new_zeros(*weight.shape[:3], NUM_CODES)
+        return total.scatter_add(-1, views[:, None].expand_as(weight), weight)[..., :NUM_COLORS]
+    palette = F.one_hot(views, NUM_CODES)[..., :NUM_COLORS].to(weight.dtype)
+    return torch.einsum("brnv,bnvc->brnc", weight, palette)
+
+
 class DemonstrationRead(nn.Module):
     """Cosine attention of query cells over demonstration cells, R heads, with a vote path and a copy path.
 
@@ -418,8 +427,7 @@ class DemonstrationRead(nn.Module):
         score = power[..., 0:1] * (hits + 0.01).log() + (power[..., 1:, None].transpose(-2, -1) * trust).sum(-1)
         usable = (views < NUM_COLORS)[:, None]
         weight = torch.where(usable, score, -30.0).softmax(-1)
-        palette = F.one_hot(views, NUM_CODES)[..., :NUM_COLORS].to(weight.dtype)
-        copies = torch.einsum("brnv,bnvc->brnc", weight, palette)
+        copies = colors_of(weight, views)
         copies = copies + (1 - copies.sum(-1, keepdim=True)).clamp(min=0) / NUM_COLORS
         best = torch.stack((votes.amax(-1).mean(1), copies.amax(-1).mean(1), hits.amax(-1).mean(1),
                             match[:, :, 1].amax(1)[:, None].expand(-1, views.shape[1])), -1)  # fmt: skip

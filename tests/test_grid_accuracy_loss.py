@@ -23,6 +23,7 @@ from grid_accuracy_loss import (
     Trajectory,
     cell_accuracy,
     cell_geometry,
+    colors_of,
     decode_states,
     exact_match,
     grid_colors,
@@ -771,6 +772,20 @@ def test_prior_enters_with_kappa_and_not_without():
             if not matters:
                 assert torch.equal(getattr(one, name), getattr(two, name)), (kappa, name)
                 assert torch.equal(getattr(one, name), getattr(none, name)), (kappa, name)
+
+
+def test_weights_of_views_are_summed_by_the_colour_that_each_shows():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(2, 3, 5, NUM_VIEWS, generator=generator, dtype=torch.float64, requires_grad=True)
+    views = torch.randint(0, OUTSIDE + 1, (2, 5, NUM_VIEWS), generator=generator)
+    onehot = F.one_hot(views, OUTSIDE + 1)[..., :NUM_COLORS].double()
+    expected = (weight[..., None] * onehot[:, None]).sum(-2)
+    found = colors_of(weight, views)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.rand(found.shape, generator=generator, dtype=torch.float64)
+    gradients = [torch.autograd.grad(x, weight, upstream)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert not gradients[0][(views == OUTSIDE)[:, None].expand_as(weight)].any()
 
 
 def test_reading_finds_an_answer_that_the_demonstrations_show():
