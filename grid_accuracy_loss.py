@@ -364,7 +364,7 @@ class Block(nn.Module):
 
 
 def colors_of(weight: Tensor, views: Tensor) -> Tensor:
-    """Return how much weight [B, R, n, V] falls on each colour [B, R, n, C] that views [B, n, V] show; outside: none."""
+    """Return weights [B, R, n, V] of views [B, n, V] summed by the colour they show, [B, R, n, C]; outside left out."""
     if weight.device.type == "cpu":  # a product of thousands of small matrices is slow there
         total = weight.new_zeros(*weight.shape[:3], NUM_CODES)
         return total.scatter_add(-1, views[:, None].expand_as(weight), weight)[..., :NUM_COLORS]

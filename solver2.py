@@ -10,6 +10,7 @@ Shapes: B batch (queries), K recalled entries, F features, Dp prompt width, E ev
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,6 +155,11 @@ class EntryTable:
 
     def __len__(self) -> int:
         return self._size
+
+    def bytes_of(self, entries: int) -> int:
+        """Return what so many entries take, or as many as the table holds."""
+        each = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._shapes.values())
+        return min(entries, self.capacity) * each
 
     def owners(self) -> list[tuple[str, str]]:
         """Return the (task id, pair id) of each entry: whose answer it was learned from."""

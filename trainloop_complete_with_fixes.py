@@ -1419,9 +1419,8 @@ OPTIMIZER_TENSORS = {"Muon": 1, "AdamW": 2, "Adam": 2}  # as large as the parame
 
 def expected_sizes(run: Run) -> tuple[int, int]:
     """Return the bytes of a checkpoint once the optimizers have taken a step, and of the best weights."""
-    system = run.system
-    states = (system.checkpoint_state(), system.memory.state_dict(), system.lessons.state_dict())
-    weights = sum(map(count_bytes, states))
+    lessons = run.system.lessons.bytes_of(run.sampler.num_pairs)
+    weights = count_bytes(run.system.checkpoint_state()) + count_bytes(run.system.memory.state_dict()) + lessons
     size = weights + count_bytes(run.average.state_dict())
     for optimizer in (*run.optimizers.main.values(), run.optimizers.policy):
         tensors = OPTIMIZER_TENSORS[type(optimizer).__name__]

@@ -628,6 +628,14 @@ def test_a_full_buffer_forgets_the_lesson_not_renewed_for_longest():
     assert sorted(pair for _, pair in buffer.owners()) == ["3", "4", "5"]
 
 
+def test_bytes_are_those_of_the_entries_up_to_the_capacity():
+    buffer = make_lesson_buffer(memory_capacity=3)
+    for entries in (1, 2, 3, 4):
+        buffer.admit(make_lessons(1, seed=entries), [f"t{entries}"], ["1"])
+        rows = buffer.state_dict()["rows"].values()
+        assert buffer.bytes_of(entries) == sum(x.numel() * x.element_size() for x in rows)
+
+
 def test_random_lessons_depend_on_task_and_entry_alone():
     buffer = make_lesson_buffer(memory_recall="random")
     buffer.admit(make_lessons(6), list("abcdef"), list("123456"))
