@@ -241,7 +241,8 @@ def lessons_of(evidence: Tensor, exists: Tensor, right: Tensor, logits: Tensor) 
     """
     told = right.any(1) & (exists & ~right).any(1)
     change = torch.where(right, logits, NO_CANDIDATE).softmax(1) - logits.softmax(1)
-    direction = torch.einsum("bk,bke->be", torch.where(told[:, None], change, 0.0), evidence)
+    with torch.autocast(evidence.device.type, enabled=False):
+        direction = torch.einsum("bk,bke->be", torch.where(told[:, None], change.float(), 0.0), evidence)
     return Lessons(candidate_key(evidence, exists), direction, told)
 
 
