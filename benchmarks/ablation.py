@@ -93,7 +93,8 @@ ARMS = {
     "refine mean": Arm("--refine mean", "predict with the policy's mean move", True, "RL"),
     "refine random": Arm("--refine random", "predict with random moves as long as the ones found", True, "RL"),
     "refine isotropic": Arm("--refine isotropic", "the same search from random directions", True, "RL"),
-    "predict without memory": Arm("--memory-similarity 1", "recall nothing at prediction", True, "memory"),
+    "predict without memory": Arm("--memory-similarity 1", "recall no prompt and no move", True, "memory"),
+    "predict without lessons": Arm("--memory-lessons 0", "the judge alone orders the candidates", True, "memory"),
     "predict with random memory": Arm(
         "--memory-recall random", "recall random entries at prediction", True, "memory"
     ),

@@ -32,7 +32,7 @@ FACTORS = {
     "prompt width": ("--prompt-dim", (32, 128)),
     "trust in the prior": ("--kappa", (0, 0.5)),
     "augmentation": ("--augment", ("none", "full")),
-    "cells per batch": ("--batch-cells", (2048, 8192)),
+    "cells per batch": ("--batch-cells", (2048, 6144, 8192)),
     "AdamW rate": ("--lr", (2e-3, 8e-3)),
     "Muon rate": ("--muon-lr", (2.5e-3, 1e-2)),
     "weight decay": ("--weight-decay", (0, 0.1)),
