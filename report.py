@@ -847,7 +847,8 @@ def full_summary(
             gain_line(scores["nats_gained"]),
             prompt_gap_line(scores["prompt_gap"]),
         ]
-    lines.append(f"  Memory: {memory['size']} entries, threshold {memory['theta']:.3f}")
+    held = f"{memory['size']} entries, threshold {memory['theta']:.3f}, {memory['lessons']} lessons"
+    lines.append(f"  Memory: {held}")
     lines += [update_ratio_line(train.get("qwen_upd")), speed_line(cells_per_second)]
     return "\n".join(lines)
 

@@ -1202,7 +1202,7 @@ def report_epoch(run: Run, scores: dict[str, float] | None) -> dict[str, float]:
     """Print and store the summary of the epoch so far; return its means."""
     state, values = run.state, means(run.state.epoch_sums)
     state.epoch_seconds, state.save_seconds = run.world.tell((state.epoch_seconds, state.save_seconds))
-    memory = run.system.memory.statistics()
+    memory = run.system.memory.statistics() | {"lessons": len(run.system.lessons)}
     speed = values.get("cells", 0.0) / max(state.epoch_seconds, 1e-9)
     run.console.say(full_summary(state.epoch, values, scores, run.baselines, memory, speed))
     training, every, epochs = state.epoch_seconds + state.save_seconds, run.config.run.eval_every, run.config.run.epochs
@@ -1210,7 +1210,8 @@ def report_epoch(run: Run, scores: dict[str, float] | None) -> dict[str, float]:
     if state.batch == run.batches(state.epoch):
         left = costs.seconds_from(done)
         run.console.say(time_line(training, scores and scores["seconds"], epochs - done, left))
-    row = {"epoch": state.epoch, "step": state.step, "memory": memory["size"], "threshold": memory["theta"]}
+    row = {"epoch": state.epoch, "step": state.step, "memory": memory["size"], "threshold": memory["theta"],
+           "lessons": memory["lessons"]}  # fmt: skip
     row |= {name.replace("term/", "train_"): value for name, value in values.items()}
     row |= {f"val_{name}": value for name, value in (scores or {}).items()}
     run.note("epochs.csv", lambda: run.folder.write_epoch({**row, "train_seconds": state.epoch_seconds}))

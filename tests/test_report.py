@@ -463,7 +463,7 @@ SCORES = {
 
 
 def test_summary_of_an_epoch_compares_with_the_prior_below_the_trivial_answers():
-    memory = {"size": 3, "theta": 0.5}
+    memory = {"size": 3, "theta": 0.5, "lessons": 7}
     lines = report.full_summary(0, TRAIN, SCORES, BASE, memory, 100.0).splitlines()
     start = lines.index("  Exact: 290 | copy-input 0 | one-colour 21 | demo prior 275")
     assert lines[start + 1 : start + 10] == [
