@@ -273,7 +273,7 @@ class MemoryConfig:
     """The episodic memory and its admission threshold."""
 
     use_memory: bool = setting(True, "store solved tasks and let the planner recall similar ones")
-    memory_capacity: int = setting(4096, "entries kept", low=1)
+    memory_capacity: int = setting(4096, "entries kept, and as many lessons", low=1)
     memory_recall: str = setting(
         "similar", "entries to recall: the most similar, or random ones as a control", choices=("similar", "random")
     )

