@@ -374,7 +374,8 @@ def gradient_norm(parameters: list[Tensor], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def learn_from(system: ARCSystem, query: Query, answer: Answer, result: StepResult, step: int) -> int:
-    """Return how many entries the memory admitted; also moves the threshold, the Z table and the prompt queue.
+    """Return how many entries the memory admitted; also moves the threshold, the Z table and the prompt queue, and
+    stores what the candidates taught.
 
     Called after a step that was taken. A sample's score is its cell accuracy, 0 when its size was predicted wrong; the
     memory compares it with the cell accuracy of the prior's best grid, which has the true size.
