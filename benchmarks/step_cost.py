@@ -26,7 +26,7 @@ import argparse
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -111,9 +111,9 @@ def positions(run: driver.Run, count: int) -> Iterator[tuple[int, int]]:
         count, epoch = count - run.batches(epoch), epoch + 1
 
 
-def prepare_priors(run: driver.Run, count: int) -> None:
-    """Compute what the demonstrations say about every pair of the first batches."""
-    batches = (run.sampler.batch(epoch, k) for epoch, k in positions(run, count))
+def prepare_priors(run: driver.Run, places: Iterable[tuple[int, int]]) -> None:
+    """Compute what the demonstrations say about every pair of some batches, given as (epoch, batch)."""
+    batches = (run.sampler.batch(epoch, k) for epoch, k in places)
     plan = run.system.prior.plan(
         request for query, answer in batches for request in zip(query.contexts, answer.shapes, strict=True)
     )
@@ -190,7 +190,7 @@ def main() -> int:
             ["--device", "cpu", "--model", "tiny", "--preset", "tiny", "--max-tasks", "100", "--out", out, *flags]
         )
         run = driver.build_run(command, Console(quiet=True), None)
-        prepare_priors(run, args.warmup_batches + args.batches)
+        prepare_priors(run, positions(run, args.warmup_batches + args.batches))
         times, pairs = measure(run, args.warmup_batches, args.batches)
         run.close()
     own = times.pop(OWN_BACKWARD)

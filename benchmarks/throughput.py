@@ -1,8 +1,8 @@
 """Measure how fast a whole training step is, against a fixed 30 x 30 canvas and against one pair at a time.
 
-    python benchmarks/throughput.py [--preset tiny] [--device cpu] [--steps 16] [--threads 2] [flags of the driver]
+    python benchmarks/throughput.py [--preset tiny] [--device cpu] [--steps 48] [--threads 2] [flags of the driver]
 
-Takes the first batches of a run on all ARC-AGI-2 training tasks, in the order of training, and trains on each in three
+Takes batches of an epoch on all ARC-AGI-2 training tasks, --steps of them evenly spaced, and trains on each in three
 ways, one after the other, with the driver's own step (prompt, both directions, loss, reward, policy, memory): as the
 run does; the same batch with every grid on a 30 x 30 canvas; and its pairs one by one on that canvas, at most
 --alone of them, evenly spaced. Prints pairs and useful cells per second and the share of the computed cells that are
@@ -45,6 +45,11 @@ FLOP_BATCHES = 3
 PROFILED_BATCHES = 4
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """Return at most so many of the numbers below `count`, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+
+
 # What is compared ----------------------------------------------------------------------------------------------------
 
 
@@ -68,8 +73,7 @@ class Batches:
         if not self.alone:
             return [k]
         count = len(self.sampler.batch(0, k)[0])
-        chosen = np.unique(np.linspace(0, count - 1, min(count, self.alone)).round().astype(int))
-        return [k * 100_000 + int(i) for i in chosen]
+        return [k * 100_000 + i for i in evenly(count, self.alone)]
 
     def batch(self, epoch: int, number: int) -> tuple[Query, Answer]:
         """Return the batch of a number, as the driver asks for it."""
@@ -105,12 +109,14 @@ def cell_counts(query: Query, answer: Answer) -> tuple[int, int]:
 
 @dataclasses.dataclass
 class Arm:
-    """One way to train on the same batches, and what it took: a row per batch of seconds, CPU seconds and pairs."""
+    """One way to train on the same batches, and what it took: of each measured batch a row of seconds, CPU seconds and
+    pairs."""
 
     name: str
     run: driver.Run
     batches: Batches
     rows: list[tuple[float, float, int]] = dataclasses.field(default_factory=list)
+    measured: list[int] = dataclasses.field(default_factory=list)
     real: int = 0
     computed: int = 0
 
@@ -124,6 +130,7 @@ class Arm:
         wait(self.run.runtime.device)
         if measured:
             self.rows.append((time.perf_counter() - began, time.process_time() - cpu, pairs))
+            self.measured.append(k)
         for query, answer in counted:
             real, computed = cell_counts(query, answer)
             self.real, self.computed = self.real + real, self.computed + computed
@@ -171,13 +178,13 @@ def rounds(count: int, most: int = 4) -> Iterator[slice]:
     yield from (slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True))
 
 
-def counted_flops(arm: Arm, first: int, count: int) -> float:
+def counted_flops(arm: Arm, count: int) -> float:
     """Return the FLOP/s of training on some of the measured batches: FLOPs of a second step, seconds of the first."""
     flops, seconds = 0, 0.0
-    for i in np.unique(np.linspace(0, len(arm.rows) - 1, min(count, len(arm.rows))).round().astype(int)):
+    for i in evenly(len(arm.rows), count):
         with FlopCounterMode(display=False) as counter:
-            step_once(arm.run, first + int(i), first + int(i))
-        flops, seconds = flops + counter.get_total_flops(), seconds + arm.rows[int(i)][0]
+            step_once(arm.run, arm.measured[i], arm.measured[i])
+        flops, seconds = flops + counter.get_total_flops(), seconds + arm.rows[i][0]
     return flops / seconds
 
 
@@ -219,11 +226,11 @@ def factors(arms: list[Arm]) -> dict[str, tuple[float, list[float]]]:
     }  # fmt: skip
 
 
-def print_flops(arm: Arm, first: int) -> None:
+def print_flops(arm: Arm) -> None:
     """Print the FLOP/s of the arm beside those of a large matrix product in the precision of the run."""
     runtime = arm.run.runtime
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(runtime.precision, torch.float32)
-    reached, peak = counted_flops(arm, first, FLOP_BATCHES), matmul_peak(runtime.device, dtype)
+    reached, peak = counted_flops(arm, FLOP_BATCHES), matmul_peak(runtime.device, dtype)
     print(f"counted FLOPs: {reached / 1e9:.1f} GFLOP/s, {reached / peak:.1%} of the {peak / 1e9:.0f} of a large"
           f" {str(dtype).removeprefix('torch.')} matrix product")  # fmt: skip
 
@@ -237,13 +244,13 @@ def print_shares(run: driver.Run, batches: int) -> None:
           + ", ".join(f"{part} {times[part] / whole:.1%}" for part in step_cost.PARTS))  # fmt: skip
 
 
-def measured(run: driver.Run, args: argparse.Namespace) -> list[Arm]:
-    """Return the arms after training on the batches that are to be measured, the warm-up before them."""
-    arms = arms_of(run, args.alone)
+def measured(run: driver.Run, batches: list[int], warmup: int, alone: int) -> list[Arm]:
+    """Return the arms after training on the batches, of which the first ones only warm up."""
+    arms = arms_of(run, alone)
     run.system.train()
-    for k in range(args.warmup_batches + args.steps):
+    for n, k in enumerate(batches):
         for arm in arms:
-            arm.train(k, k >= args.warmup_batches)
+            arm.train(k, n >= warmup)
     return arms
 
 
@@ -268,7 +275,7 @@ def main() -> int:
     )
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=48, help="batches to measure")
     parser.add_argument("--warmup-batches", type=int, default=2)
     parser.add_argument("--alone", type=int, default=8, help="most pairs of a batch that are trained on one by one")
     parser.add_argument("--threads", type=int, default=2)
@@ -278,14 +285,15 @@ def main() -> int:
         words = ["--preset", args.preset, "--device", args.device, "--model", "tiny", "--out", out, *flags]
         run = driver.build_run(parse_command_line(words), Console(quiet=True), None)
         run.stop.release()  # a signal ends this script at once
-        step_cost.prepare_priors(run, args.warmup_batches + args.steps)
-        arms = measured(run, args)
+        batches = evenly(run.batches(0), args.warmup_batches + args.steps)
+        step_cost.prepare_priors(run, [(0, k) for k in batches])
+        arms = measured(run, batches, args.warmup_batches, args.alone)
         pairs = sum(row[2] for row in arms[0].rows)
         print(f"{args.preset} on {args.device}, {args.threads} threads, torch {torch.__version__},"
-              f" {run.config.data.data}, seed {run.config.run.seed}: {args.steps} batches"
-              f" of {pairs / args.steps:.1f} pairs")  # fmt: skip
+              f" {run.config.data.data}, seed {run.config.run.seed}: {len(arms[0].rows)} of"
+              f" {run.batches(0)} batches, {pairs / len(arms[0].rows):.1f} pairs each")  # fmt: skip
         print(*table(arms), sep="\n")
-        print_flops(arms[0], args.warmup_batches)
+        print_flops(arms[0])
         print_shares(run, min(args.steps, PROFILED_BATCHES))
         run.close()
     return judged(arms, args.preset == "tiny" and args.device == "cpu")
