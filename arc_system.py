@@ -582,8 +582,8 @@ def build_optimizers(system: ARCSystem) -> Optimizers:
             (matrices if parameter.ndim == 2 else vectors).append((name, parameter))
     llm_lr = config.lr if tiny else system.config.prompt.llm_lr
     groups = [
-        {"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay},
-        {"params": vectors, "lr": config.lr, "weight_decay": 0.0},
+        {"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay, "foreach": True},
+        {"params": vectors, "lr": config.lr, "weight_decay": 0.0, "foreach": True},
         {"params": llm, "lr": llm_lr, "weight_decay": config.weight_decay},
     ]
     main: dict[str, torch.optim.Optimizer] = {
