@@ -380,7 +380,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "agent.read_heads": 2,
         "agent.num_steps": 2,
         "agent.read_cells": 1024,
-        "data.batch_cells": 4096,
+        "data.batch_cells": 8192,
         "optim.lr": 4e-3,
         "optim.muon_lr": 5e-3,
     },

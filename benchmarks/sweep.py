@@ -32,7 +32,7 @@ FACTORS = {
     "prompt width": ("--prompt-dim", (32, 128)),
     "trust in the prior": ("--kappa", (0, 0.5)),
     "augmentation": ("--augment", ("none", "full")),
-    "cells per batch": ("--batch-cells", (2048, 6144, 8192)),
+    "cells per batch": ("--batch-cells", (4096, 6144, 16384)),
     "AdamW rate": ("--lr", (2e-3, 8e-3)),
     "Muon rate": ("--muon-lr", (2.5e-3, 1e-2)),
     "weight decay": ("--weight-decay", (0, 0.1)),
@@ -48,6 +48,8 @@ SWITCHES = {
     "task slot: off": "--no-use-task-slot",
     "text: off": "--no-use-text",
     "memory: off": "--no-use-memory",
+    "rates x 1.4": "--lr 5.6e-3 --muon-lr 7e-3",
+    "cells per batch: 10240, rates x 1.6": "--batch-cells 10240 --lr 6.4e-3 --muon-lr 8e-3",
 }
 ARMS = {
     f"{factor}: {level}": Arm(f"{flag} {level}", f"{factor} at {level}", group=factor)
