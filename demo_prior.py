@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import numpy as np
 from answer_traits import NUM_MISFITS, misfits
 from cell_features import experts, features, keys
 from expert_tree import Cells, bagged_left_out, predict_left_out
-from grid_hypotheses import LAYERS, NUM_COLORS, NUM_SYMBOLS, Grid, Layer, Scene, Shape
+from grid_hypotheses import LAYERS, NUM_COLORS, NUM_SYMBOLS, Grid, Layer, Scene, Shape, label
 from motion_hypotheses import MOTION_LAYERS
 from part_hypotheses import PART_LAYERS
 from size_hypotheses import size_prior, size_rule
@@ -29,10 +29,14 @@ from task_rewrites import Rewrite, ranked_colors, replaced_inputs, turned_alike
 __all__ = ["EFFORTS", "Demonstrations", "Grid", "Preference", "Shape", "demo_prior", "size_prior", "size_rule"]
 
 Demonstrations = Sequence[tuple[Grid, Grid]]
+Candidate = tuple[Grid, float, str]  # grid, weight, name of the voice
 
 EFFORTS = ("standard", "full")
 MAX_DEMONSTRATIONS = 16  # those after them are left out
-MAX_CANDIDATES = 8  # that are kept of a preference
+OWN_CANDIDATES = 16  # of the mixture and of its voices, that are kept of a preference
+REPAIRS = 8  # candidates that differ from the first in one region
+MAX_CANDIDATES = OWN_CANDIDATES + REPAIRS
+SURE, SURE_CANDIDATES = 0.95, 8  # where the first is right so surely, only so many are kept and none is repaired
 NO_MISFITS = np.zeros((0, NUM_MISFITS), np.float16)
 EVIDENCE_FLOOR = 1e-3  # uniform share of every voice when it is judged
 HISTOGRAM_SMOOTHING = 0.1  # added to each colour of the summed histograms
@@ -60,14 +64,14 @@ class Preference:
     """C for one input at one output shape.
 
     log_prob float32 [h, w, 10], normalised, no probability below 0.0005; confidence in [0, 1]: the probability that the
-    first candidate is right, as calibrated on tasks with known answers; candidates (grid uint8, weight, name), best
-    first, all different, weights sum to 1; misfits float16 [at most MAX_CANDIDATES, NUM_MISFITS]: the rules of the task
-    that the first candidates break.
+    first candidate is right, as calibrated on tasks with known answers; candidates (grid uint8, weight, name), at most
+    MAX_CANDIDATES, all different, weights sum to 1: those of the voices, best first, then repaired ones, whose names
+    begin with REPAIRED; misfits float16 [candidates, NUM_MISFITS]: the rules of the task that they break.
     """
 
     log_prob: np.ndarray
     confidence: float
-    candidates: list[tuple[Grid, float, str]]
+    candidates: list[Candidate]
     misfits: np.ndarray
 
 
@@ -83,8 +87,14 @@ def demo_prior(
     shape = int(shape[0]), int(shape[1])
     known = tuple(demonstrations[:MAX_DEMONSTRATIONS])
     found = _mix(all_voices(known, test_input, shape, effort), len(demonstrations), shape)
-    grids = [grid for grid, _, _ in found.candidates[:MAX_CANDIDATES]]
-    return replace(found, misfits=misfits(known, test_input, grids))
+    if found.confidence >= SURE:
+        kept = found.candidates[:SURE_CANDIDATES]
+    else:
+        kept = found.candidates[:OWN_CANDIDATES]
+        kept = kept + repaired(found.log_prob, kept)
+    total = sum(weight for _, weight, _ in kept)
+    candidates = [(grid, weight / total, name) for grid, weight, name in kept]
+    return replace(found, candidates=candidates, misfits=misfits(known, test_input, [grid for grid, _, _ in kept]))
 
 
 # 1. The cells of a task -----------------------------------------------------------------------------------------------
@@ -501,7 +511,7 @@ def _shares(voices: list[Voice], temperature: float) -> np.ndarray:
     return shares / shares.sum()
 
 
-def _candidates(voices: list[Voice], prob: np.ndarray, shape: Shape) -> list[tuple[Grid, float, str]]:
+def _candidates(voices: list[Voice], prob: np.ndarray, shape: Shape) -> list[Candidate]:
     """Return the answers: the mixture's, then those of the voices; each has the name of its best voice."""
     answers = [voice.prob.argmax(1).astype(np.uint8) for voice in voices]
     shares = _shares(voices, SECOND_TEMPERATURE)
@@ -532,3 +542,54 @@ def _runner_up(prob: np.ndarray) -> np.ndarray:
     rows = np.arange(len(prob))
     margin = np.log(prob[rows, order[:, 0]]) - np.log(prob[rows, order[:, 1]])
     return np.where(margin <= margin.min() + 1e-9, order[:, 1], order[:, 0]).astype(np.uint8)
+
+
+# 7. Repairs -----------------------------------------------------------------------------------------------------------
+
+REPAIRED = "one region changed: "
+SECOND_COLORS = (0.02, 0.1, 0.25)  # a region takes its cells' second colours where they are at least so likely
+REPAIR_SOURCES = 8  # candidates, the first among them, whose differences are regions
+
+
+def repaired(log_prob: np.ndarray, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return at most REPAIRS grids that differ from the first candidate in one region, likeliest first.
+
+    Shapes: log_prob [h, w, 10], grids [h, w]
+    None is a candidate. A region takes the colours of another candidate, or its cells' second colours: connected cells
+    of one new colour, all that get one colour, or all that change. A repair weighs what the first candidate does, times
+    the likelihood ratio of the region.
+    """
+    first, weight, name = candidates[0]
+    known, found = {grid.tobytes() for grid, _, _ in candidates}, []
+    for gain, other, region in sorted(_regions(log_prob, candidates), key=lambda item: -item[0]):
+        grid = np.where(region(), other, first)
+        if grid.tobytes() not in known:
+            known.add(grid.tobytes())
+            found.append((grid, weight * math.exp(min(gain, 0.0)), REPAIRED + name))
+            if len(found) == REPAIRS:
+                break
+    return found
+
+
+def _regions(
+    log_prob: np.ndarray, candidates: Sequence[Candidate]
+) -> Iterator[tuple[float, Grid, Callable[[], np.ndarray]]]:
+    """Yield (gain in log-likelihood, grid that the region is taken from, its cells when asked)."""
+    first = candidates[0][0]
+    second = np.argsort(-log_prob, axis=-1, kind="stable")[..., 1].astype(np.uint8)
+    likely = np.exp(_chosen(log_prob, second))
+    others = [grid for grid, _, _ in candidates[1:REPAIR_SOURCES]]
+    others += [np.where(likely >= least, second, first) for least in SECOND_COLORS]
+    for other in others:
+        changed, gain = other != first, _chosen(log_prob, other) - _chosen(log_prob, first)
+        for labels, count in (
+            label(other, changed, True, True), (np.where(changed, other + 1, 0), NUM_COLORS), (changed.astype(int), 1),
+        ):  # fmt: skip
+            gains = np.bincount(labels.ravel(), gain.ravel(), minlength=count + 1)
+            for number in np.unique(labels[changed]).tolist():
+                yield float(gains[number]), other, lambda x=labels, k=number: x == k
+
+
+def _chosen(log_prob: np.ndarray, grid: Grid) -> np.ndarray:
+    """Return the log-probabilities [h, w] of a grid's colours."""
+    return np.take_along_axis(log_prob, grid[..., None].astype(np.int64), -1)[..., 0]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from answer_traits import NUM_MISFITS
 from arc_data import MAX_SIDE, NUM_COLORS, PAD, Context, Query, canvas_shape
-from demo_prior import MAX_CANDIDATES, Preference, Shape
+from demo_prior import MAX_CANDIDATES, REPAIRED, Preference, Shape
 from prior_store import (
     MIN_PARALLEL,
     UNREADABLE,
@@ -37,7 +37,7 @@ from size_hypotheses import size_rule
 from task_features import canonical_colors, color_map, context_features
 
 SIZE_FLOOR = 1e-4  # least marginal probability of a side
-NUM_EVIDENCE = NUM_MISFITS + 5  # numbers about a candidate
+NUM_EVIDENCE = NUM_MISFITS + 6  # numbers about a candidate
 SUM_SCALE = np.array([0.2, 0.2, 0.1], np.float32)  # brings the sums of misfits to the size of the other numbers
 
 Request = tuple[Context, Shape | None]  # an input and an output shape, both in the frame of its augmentation
@@ -315,15 +315,16 @@ class PriorCache:
 
 
 def candidate_evidence(preference: Preference) -> np.ndarray:
-    """Return float32 [candidates, NUM_EVIDENCE]: misfits, their three sums, log weight, and the prior's confidence in
-    its first candidate."""
-    count = len(preference.misfits)
+    """Return float32 [candidates, NUM_EVIDENCE]: misfits, their three sums, log weight, the prior's confidence in its
+    first candidate, and whether it is a repaired one."""
+    count = len(preference.candidates)
     broken = preference.misfits.astype(np.float32)
     sums = broken.reshape(count, 3, -1).sum(2) * SUM_SCALE
-    weights = np.array([weight for _, weight, _ in preference.candidates[:count]], np.float32)
+    weights = np.array([weight for _, weight, _ in preference.candidates], np.float32)
+    is_repaired = np.array([name.startswith(REPAIRED) for _, _, name in preference.candidates], np.float32)
     confidence = np.zeros(count, np.float32)
     confidence[:1] = preference.confidence
-    return np.column_stack((broken, sums, np.log(weights + 1e-6) / 5, confidence))
+    return np.column_stack((broken, sums, np.log(weights + 1e-6) / 5, confidence, is_repaired))
 
 
 def side_marginals(sizes: Sequence[tuple[Shape, float]]) -> np.ndarray:

@@ -27,12 +27,12 @@ from typing import NamedTuple
 import numpy as np
 
 from answer_traits import NUM_MISFITS
-from demo_prior import MAX_CANDIDATES, Demonstrations, Grid, Preference, Shape, demo_prior, size_prior
+from demo_prior import Demonstrations, Grid, Preference, Shape, demo_prior, size_prior
 
-PRIOR_VERSION = 4  # of the numbers that demo_prior and size_prior give
+PRIOR_VERSION = 5  # of the numbers that demo_prior and size_prior give
 FORMAT = 1  # of the bytes below
 MAX_SIDE = 30
-MAX_BYTES = 2**16  # of a preference, unpacked; the largest that is written has half of that
+MAX_BYTES = 2**17  # of a preference, unpacked; the largest that is written has two thirds of that
 TABLE = "CREATE TABLE prior (key BLOB PRIMARY KEY, value BLOB, checksum BLOB)"
 UNREADABLE = (ValueError, IndexError, struct.error, zlib.error)  # bytes that encode nothing
 SIZE = struct.Struct("<BBd")  # rows, columns, probability
@@ -67,15 +67,14 @@ def value_key(effort: str, demonstrations: Demonstrations, test_input: Grid, sha
 
 
 def encode_preference(preference: Preference) -> bytes:
-    """Return a preference as bytes: log-probabilities rounded to float16, the best MAX_CANDIDATES with weights float32
-    and their misfits."""
+    """Return a preference as bytes: log-probabilities rounded to float16, the candidates with weights float32 and their
+    misfits."""
     height, width, _ = preference.log_prob.shape
-    kept = preference.candidates[:MAX_CANDIDATES]
-    total = sum(weight for _, weight, _ in kept) or 1.0
+    kept = preference.candidates
     parts = [HEAD.pack(height, width, len(kept), preference.confidence), preference.log_prob.astype("<f2").tobytes()]
     for grid, weight, name in kept:
         label = name.encode()[:255]
-        parts += [CANDIDATE.pack(weight / total, len(label)), label, grid.astype(np.uint8).tobytes()]
+        parts += [CANDIDATE.pack(weight, len(label)), label, grid.astype(np.uint8).tobytes()]
     assert preference.misfits.shape == (len(kept), NUM_MISFITS), preference.misfits.shape
     parts.append(preference.misfits.astype("<f2").tobytes())
     return zlib.compress(b"".join(parts), 6)

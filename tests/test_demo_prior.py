@@ -15,12 +15,18 @@ from arc_data import Augmentation, draw_augmentation, generator, load_tasks, sel
 from demo_prior import (
     EFFORTS,
     MAX_DEMONSTRATIONS,
+    OWN_CANDIDATES,
+    REPAIRED,
+    REPAIRS,
+    SURE,
+    SURE_CANDIDATES,
     Preference,
     Problem,
     all_voices,
     count_keys,
     demo_prior,
     read_layers,
+    repaired,
     size_prior,
 )
 
@@ -153,12 +159,64 @@ def check(prior, shape: tuple[int, int]) -> None:
     assert np.allclose(prob.sum(-1), 1, atol=1e-5) and prob.min() >= 0.0005 * (1 - 1e-4)
     assert 0 <= prior.confidence <= 1
     grids = [grid.tobytes() for grid, _, _ in prior.candidates]
-    weights = [weight for _, weight, _ in prior.candidates]
-    assert len(set(grids)) == len(grids) >= 2
-    assert weights == sorted(weights, reverse=True) and math.isclose(sum(weights), 1, rel_tol=1e-6)
+    own = [weight for _, weight, name in prior.candidates if not name.startswith(REPAIRED)]
+    repairs = [weight for _, weight, name in prior.candidates[len(own) :] if name.startswith(REPAIRED)]
+    assert len(set(grids)) == len(grids) == len(own) + len(repairs) == len(prior.misfits)
+    assert 2 <= len(own) <= OWN_CANDIDATES and len(repairs) <= (REPAIRS if prior.confidence < SURE else 0)
+    assert own == sorted(own, reverse=True) and repairs == sorted(repairs, reverse=True)
+    assert math.isclose(sum(own + repairs), 1, rel_tol=1e-6)
     for grid, weight, name in prior.candidates:
         assert grid.shape == shape and grid.dtype == np.uint8 and grid.max() < 10 and weight >= 0 and name
     assert np.array_equal(prior.candidates[0][0], prior.log_prob.argmax(-1))
+
+
+def log_of(prob: dict[tuple[int, int], dict[int, float]], grid: np.ndarray) -> np.ndarray:
+    """Return log-probabilities: these of some cells, elsewhere 0.991 for the colour of the grid; 0.001 for the rest."""
+    found = np.full((*grid.shape, 10), 0.001)
+    np.put_along_axis(found, grid[..., None].astype(int), 0.991, -1)
+    for cell, colors in prob.items():
+        found[cell] = 0.001
+        found[cell][list(colors)] = list(colors.values())
+    return np.log(found).astype(np.float32)
+
+
+def test_repairs_change_one_region_of_the_first_candidate():
+    first = np.zeros((3, 4), np.uint8)
+    pair, lone = {(0, 0): {0: 0.6, 5: 0.3}, (1, 1): {0: 0.6, 5: 0.3}}, {(2, 3): {0: 0.7, 6: 0.2}}
+    other = first.copy()
+    other[0, 2:] = 7  # what another voice says
+    candidates = [(first, 0.8, "a"), (other, 0.2, "b")]
+    found = repaired(log_of(pair | lone, first), candidates)
+    assert all(name == f"{REPAIRED}a" for *_, name in found)
+    changed = [{(r, c): int(g[r, c]) for r, c in np.argwhere(g != first).tolist()} for g, _, _ in found]
+    both = {(0, 0): 5, (1, 1): 5}
+    assert changed == [{(2, 3): 6}, both, both | {(2, 3): 6}]  # `other` as a whole is a candidate already
+    assert [weight for _, weight, _ in found] == pytest.approx([0.8 * 2 / 7, 0.8 / 4, 0.8 / 4 * 2 / 7], rel=1e-5)
+    other[2, 0] = 7  # a second region of the same voice: either alone, then
+    found = repaired(log_of({}, first), [candidates[0], (other, 0.2, "b")])
+    assert [int((g != first).sum()) for g, _, _ in found] == [1, 2]
+    assert all(((g == first) | (g == other)).all() for g, _, _ in found)
+
+
+def test_repairs_are_bounded_new_and_likeliest_first():
+    first, second = noise(1, (9, 9)), noise(2, (9, 9))
+    log_prob = np.log(np.random.default_rng(3).dirichlet(np.ones(10), (9, 9)) + 1e-3).astype(np.float32)
+    np.put_along_axis(log_prob, first[..., None].astype(int), 0.0, -1)
+    everything = repaired(log_prob, [(first, 0.5, "a"), (second, 0.5, "b")])
+    assert len(everything) == REPAIRS and len({g.tobytes() for g, _, _ in everything}) == REPAIRS
+    weights = [weight for _, weight, _ in everything]
+    assert weights == sorted(weights, reverse=True) and weights[0] <= 0.5
+    less = repaired(log_prob, [(first, 0.5, "a"), (second, 0.3, "b"), everything[0]])
+    assert everything[0][0].tobytes() not in {g.tobytes() for g, _, _ in less}
+
+
+def test_where_the_first_is_surely_right_nothing_is_repaired():
+    demonstrations, x, answer = task("mirror", count=4)
+    prior = demo_prior(demonstrations, x, answer.shape)
+    assert prior.confidence >= SURE and len(prior.candidates) <= SURE_CANDIDATES
+    unsure = demo_prior([(noise(k), noise(k + 50)) for k in range(3)], noise(9), (6, 6))
+    assert unsure.confidence < SURE
+    assert [name.startswith(REPAIRED) for *_, name in unsure.candidates].count(True) == REPAIRS
 
 
 grids = st.integers(0, 2**31).flatmap(

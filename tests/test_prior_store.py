@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pytest
 
 import prior_store
 from answer_traits import NUM_MISFITS
-from demo_prior import NO_MISFITS, Preference, demo_prior, size_prior
+from demo_prior import MAX_CANDIDATES, NO_MISFITS, Preference, demo_prior, size_prior
 from prior_store import (
     PriorStore,
     Work,
@@ -126,15 +127,17 @@ def test_decoded_preference_is_normalised_near_the_original_and_the_same_each_ti
     assert encode_preference(demo_prior(shown, x, (5, 7))) == data
 
 
-def test_only_the_best_candidates_are_kept_and_their_weights_sum_to_one():
-    log_prob = np.full((1, 2, 10), -np.log(10), np.float32)
-    many = [(np.full((1, 2), k % 10, np.uint8), 1 / 12, f"name {k}") for k in range(12)]
-    broken = np.arange(8)[:, None] * np.ones((8, NUM_MISFITS), np.float16)
-    loaded = decode_preference(encode_preference(Preference(log_prob, 0.25, many, broken)))
-    kept = loaded.candidates
+def test_all_candidates_survive_with_their_weights_and_misfits():
+    log_prob = np.full((30, 30, 10), -np.log(10), np.float32)
+    count = MAX_CANDIDATES
+    many = [(np.full((30, 30), k % 10, np.uint8), 1 / count, "name " + "x" * 300) for k in range(count)]
+    broken = np.arange(count)[:, None] * np.ones((count, NUM_MISFITS), np.float16)
+    data = encode_preference(Preference(log_prob, 0.25, many, broken))
+    loaded = decode_preference(data)
     assert np.array_equal(loaded.misfits, broken) and loaded.misfits.dtype == np.float16
-    assert [name for *_, name in kept] == [f"name {k}" for k in range(8)]
-    assert sum(weight for _, weight, _ in kept) == pytest.approx(1) and (kept[3][0] == 3).all()
+    assert {(weight, name) for _, weight, name in loaded.candidates} == {(np.float32(1 / count), many[0][2][:255])}
+    assert all(np.array_equal(a, b) for (a, _, _), (b, _, _) in zip(loaded.candidates, many, strict=True))
+    assert len(zlib.decompress(data)) < 0.75 * prior_store.MAX_BYTES  # of the largest preference there can be
     none = decode_preference(encode_preference(Preference(log_prob, 0.25, [], NO_MISFITS)))
     assert none.candidates == [] and none.confidence == 0.25
 
