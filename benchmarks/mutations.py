@@ -58,6 +58,9 @@ QUERY = ("tests/test_arc_data.py::test_a_query_never_reads_its_own_pair",
          "tests/test_arc_data.py::test_changing_a_pairs_output_changes_nothing_that_its_own_query_reads")  # fmt: skip
 STEP = ("tests/test_driver.py::test_policy_does_not_step_on_a_nonfinite_gradient",)
 LEAK = ("tests/test_evaluate.py::test_predict_takes_a_query_only_and_is_deterministic",)
+REPAIR = ("tests/test_demo_prior.py::test_repairs_change_one_region_of_the_first_candidate",
+          "tests/test_demo_prior.py::test_repairs_are_bounded_new_and_likeliest_first")  # fmt: skip
+EVIDENCE = ("tests/test_candidate_judge.py::test_evidence_is_the_same_under_every_augmentation",)
 VIEW = ("tests/test_prior_cache.py::test_cached_values_equal_the_transformed_ones_under_every_view",
         "tests/test_prior_cache.py::test_batched_preferences_hold_each_prior_and_are_uniform_outside",
         "tests/test_prior_cache.py::test_batched_confidences_and_candidates_are_those_of_each_context")  # fmt: skip
@@ -266,6 +269,12 @@ FAULTS = (
     Fault("prior judges itself on what it has counted", "demo_prior.py",
           "counts = np.concatenate([total - own, total], 1).astype(np.float64)",
           "counts = np.concatenate([total + 0 * own, total], 1).astype(np.float64)", PRIOR),
+    Fault("repair may be a candidate already", "demo_prior.py",
+          "        if grid.tobytes() not in known:", "        if grid.tobytes() != first.tobytes():", REPAIR),
+    Fault("repair changes all that differs", "demo_prior.py",
+          "lambda x=labels, k=number: x == k", "lambda x=labels, k=number: x > 0", REPAIR),
+    Fault("judge cannot tell repaired candidates", "prior_cache.py",
+          "name.startswith(REPAIRED)", "not name", EVIDENCE),
     Fault("preference keeps its colours in a view", "prior_cache.py",
           "cells[: int(shape[0]), : int(shape[1])] = context.augmentation.apply_scores(plain.log_prob)",
           "cells[: int(shape[0]), : int(shape[1])] = context.augmentation.apply_spatial(plain.log_prob)", VIEW),

@@ -10,7 +10,7 @@ from conftest import Lab
 
 from arc_data import Augmentation, collate, test_contexts
 from arc_system import NO_CANDIDATE, CandidateJudge, candidate_key, lessons_of, ranking_loss
-from demo_prior import MAX_CANDIDATES
+from demo_prior import MAX_CANDIDATES, REPAIRED
 from prior_cache import NUM_EVIDENCE, candidate_evidence
 
 
@@ -45,14 +45,18 @@ def test_an_untrained_judge_keeps_the_priors_order_and_candidates_that_do_not_ex
 
 def test_evidence_is_the_same_under_every_augmentation(tasks, make_lab):
     prior = make_lab().system.prior
-    colors = (0, 3, 1, 2, 9, 8, 7, 6, 5, 4)
+    colors, repaired = (0, 3, 1, 2, 9, 8, 7, 6, 5, 4), []
     for context, answer in questions(tasks)[:4]:
         turned = dataclasses.replace(context, augmentation=Augmentation(5, colors))
         shape = Augmentation(5).apply_shape(answer.shape)
         here, there = (prior.evidence(collate([c])[0], [s]) for c, s in ((context, answer.shape), (turned, shape)))
         assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1]) and here[1].any()
-        found = candidate_evidence(prior.preference(context, answer.shape))
+        preference = prior.preference(context, answer.shape)
+        found = candidate_evidence(preference)
         assert np.array_equal(here[0][0, : len(found)], found) and not here[0][0, len(found) :].any()
+        assert found[:, -1].tolist() == [name.startswith(REPAIRED) for *_, name in preference.candidates]
+        repaired += found[:, -1].tolist()
+    assert any(repaired) and not all(repaired)
 
 
 def test_the_judge_learns_which_candidate_is_right_and_nothing_else_learns_from_it(make_lab):

@@ -33,6 +33,7 @@ import model_persistence
 import trainloop_complete_with_fixes as driver
 from arc_data import PAD
 from config import ConfigError, parse_command_line
+from demo_prior import MAX_CANDIDATES
 from distributed import ALONE, Ended, PeerError, Share, World, fingerprint, share_of
 from model_persistence import find_launched, list_checkpoints, read_checkpoint
 from prior_cache import PriorCache
@@ -48,7 +49,7 @@ CALM = ("--lr", "1e-5", "--muon-lr", "1e-5", "--rl-lr", "1e-5", "--llm-lr", "1e-
 candidates = PriorCache.candidates
 
 
-def no_answers(prior, query, sizes, side, count=8):
+def no_answers(prior, query, sizes, side, count=MAX_CANDIDATES):
     """Return candidates as `PriorCache.candidates` does, but an empty one where the best alone is asked for.
 
     That is what the memory compares with: it admits only what is better.
@@ -226,7 +227,8 @@ def test_steps_of_several_processes_are_those_of_one(size, pairs, team, eventful
     found = everywhere(lambda run: take_steps(run, 4))
     assert len({digest for _, _, digest in found}) == 1  # all processes hold the same bits
     assert apart(numbers, found[0][0]) == []
-    assert apart(state, found[0][1]) == []
+    halves = {"/lessons/rows/direction": 2**-10}  # float16: a rounding error may become one of its steps
+    assert [gap for gap in apart(state, found[0][1]) if gap[0] > halves.get(gap[1], 0)] == []
     rewards = torch.cat([step["reward"] for step in numbers if "reward" in step])
     assert rewards.isnan().sum() == 1 and rewards.nan_to_num().any()
     assert state["memory"]["counters"]["admissions"]

@@ -129,10 +129,11 @@ def judged_by_hand(system, preference):
     """Return the prior's candidates in the order of the judge's logits, written out."""
     weight, place = (x.detach().numpy().astype(np.float64) for x in system.judge.parameters())
     logits = []
-    for k, (broken, (_, share, _)) in enumerate(zip(preference.misfits.astype(np.float64), preference.candidates[:8],
-                                                    strict=True)):  # fmt: skip
+    for k, (broken, (_, share, name)) in enumerate(zip(preference.misfits.astype(np.float64), preference.candidates,
+                                                       strict=True)):  # fmt: skip
         a, b, c = (part.sum() for part in np.split(broken, 3))
-        more = [0.2 * a, 0.2 * b, 0.1 * c, math.log(share + 1e-6) / 5, preference.confidence if k == 0 else 0.0]
+        more = [0.2 * a, 0.2 * b, 0.1 * c, math.log(share + 1e-6) / 5, preference.confidence if k == 0 else 0.0,
+                float(name.startswith("one region changed"))]  # fmt: skip
         logits.append(np.concatenate((broken, more)) @ weight + place[k])
     sure = preference.confidence >= system.config.agent.answer_confidence
     order = sorted(range(len(logits)), key=lambda k: (not (sure and k == 0), -logits[k]))

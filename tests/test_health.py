@@ -25,6 +25,7 @@ import trainloop_complete_with_fixes as driver
 from arc_data import PAD
 from arc_system import ARCSystem
 from config import build_parser
+from demo_prior import MAX_CANDIDATES
 from health import EPOCH_RULES, RULES, WINDOW_RULES, Health
 from model_persistence import CheckpointStore, plain
 from policy_refined import PolicyRefinedAgent
@@ -382,7 +383,7 @@ def enough_to_judge(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(driver, "validate", validate_many)
 
-    def no_candidates(self, query, sizes, canvas, count=8):
+    def no_candidates(self, query, sizes, canvas, count=MAX_CANDIDATES):
         return torch.full((len(query), count, *canvas), PAD), torch.zeros(len(query), count)
 
     patch.setattr(PriorCache, "candidates", no_candidates)
