@@ -48,8 +48,6 @@ SWITCHES = {
     "task slot: off": "--no-use-task-slot",
     "text: off": "--no-use-text",
     "memory: off": "--no-use-memory",
-    "rates x 1.4": "--lr 5.6e-3 --muon-lr 7e-3",
-    "cells per batch: 10240, rates x 1.6": "--batch-cells 10240 --lr 6.4e-3 --muon-lr 8e-3",
 }
 ARMS = {
     f"{factor}: {level}": Arm(f"{flag} {level}", f"{factor} at {level}", group=factor)

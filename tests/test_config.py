@@ -385,7 +385,7 @@ def test_notes_of_a_resume_give_both_values_and_nothing_without_a_change():
     now = with_values(saved, {"run.precision": "bf16", "data.batch_cells": 2048, "optim.lr": 1e-3})
     assert resume_notes(with_values(saved, {"run.precision": "fp32"}), now) == [
         "precision fp32 -> bf16 (allowed)",
-        "batch-cells 4096 -> 2048 (no pair comes twice in this epoch)",
+        "batch-cells 8192 -> 2048 (no pair comes twice in this epoch)",
         "lr 0.004 -> 0.001 (allowed)",
     ]
     assert resume_notes(saved, with_values(saved, {"data.data": "moved"})) == [
