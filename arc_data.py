@@ -453,7 +453,7 @@ class Augmentation:
         return np.argsort(self._forward).astype(np.uint8)
 
     def apply(self, grid: Grid) -> Grid:
-        """Return the augmented grid. Shapes: [h, w] -> apply_shape((h, w))"""
+        """Return the augmented grid. Shapes: [h, w] -> apply_shape((h, w)); axes after these stay as they are."""
         return self._forward[self.apply_spatial(grid)]
 
     def undo(self, grid: Grid) -> Grid:

@@ -205,9 +205,11 @@ class PriorCache:
         grids = np.full((len(query), count, *canvas_shape(canvas)), PAD, np.int64)
         weights = np.zeros((len(query), count), np.float32)
         for b, (context, shape) in enumerate(zip(query.contexts, _plain_shapes(sizes), strict=True)):
-            for k, (grid, weight, _) in enumerate(self._preference(context, shape).candidates[:count]):
-                grids[b, k, : int(shape[0]), : int(shape[1])] = context.augmentation.apply(grid)
-                weights[b, k] = weight
+            kept = self._preference(context, shape).candidates[:count]
+            if kept:
+                seen = context.augmentation.apply(np.stack([grid for grid, _, _ in kept], -1))
+                grids[b, : len(kept), : int(shape[0]), : int(shape[1])] = np.moveaxis(seen, -1, 0)
+                weights[b, : len(kept)] = [weight for _, weight, _ in kept]
         device = query.input.device
         return torch.from_numpy(grids).to(device), torch.from_numpy(weights).to(device)
 

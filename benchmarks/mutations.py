@@ -279,8 +279,7 @@ FAULTS = (
           "cells[: int(shape[0]), : int(shape[1])] = context.augmentation.apply_scores(plain.log_prob)",
           "cells[: int(shape[0]), : int(shape[1])] = context.augmentation.apply_spatial(plain.log_prob)", VIEW),
     Fault("candidates keep their colours in a view", "prior_cache.py",
-          "grids[b, k, : int(shape[0]), : int(shape[1])] = context.augmentation.apply(grid)",
-          "grids[b, k, : int(shape[0]), : int(shape[1])] = context.augmentation.apply_spatial(grid)", VIEW),
+          "seen = context.augmentation.apply(np.stack(", "seen = context.augmentation.apply_spatial(np.stack(", VIEW),
     # Planning, judging, choosing
     Fault("backward plan not turned round", "grid_accuracy_loss.py",
           "return self.backward_planner(reading, prompt)[0].flip(1)",
