@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -561,8 +561,8 @@ def repaired(log_prob: np.ndarray, candidates: Sequence[Candidate]) -> list[Cand
     """
     first, weight, name = candidates[0]
     known, found = {grid.tobytes() for grid, _, _ in candidates}, []
-    for gain, other, region in sorted(_regions(log_prob, candidates), key=lambda item: -item[0]):
-        grid = np.where(region(), other, first)
+    for gain, other, labels, number in sorted(_regions(log_prob, candidates), key=lambda item: -item[0]):
+        grid = np.where(labels == number, other, first)
         if grid.tobytes() not in known:
             known.add(grid.tobytes())
             found.append((grid, weight * math.exp(min(gain, 0.0)), REPAIRED + name))
@@ -573,8 +573,8 @@ def repaired(log_prob: np.ndarray, candidates: Sequence[Candidate]) -> list[Cand
 
 def _regions(
     log_prob: np.ndarray, candidates: Sequence[Candidate]
-) -> Iterator[tuple[float, Grid, Callable[[], np.ndarray]]]:
-    """Yield (gain in log-likelihood, grid that the region is taken from, its cells when asked)."""
+) -> Iterator[tuple[float, Grid, np.ndarray, int]]:
+    """Yield (gain in log-likelihood, grid that the region is taken from, labels [h, w] and its number among them)."""
     first = candidates[0][0]
     second = np.argsort(-log_prob, axis=-1, kind="stable")[..., 1].astype(np.uint8)
     likely = np.exp(_chosen(log_prob, second))
@@ -587,7 +587,7 @@ def _regions(
         ):  # fmt: skip
             gains = np.bincount(labels.ravel(), gain.ravel(), minlength=count + 1)
             for number in np.unique(labels[changed]).tolist():
-                yield float(gains[number]), other, lambda x=labels, k=number: x == k
+                yield float(gains[number]), other, labels, number
 
 
 def _chosen(log_prob: np.ndarray, grid: Grid) -> np.ndarray:

@@ -32,7 +32,7 @@ from demo_prior import Demonstrations, Grid, Preference, Shape, demo_prior, size
 PRIOR_VERSION = 5  # of the numbers that demo_prior and size_prior give
 FORMAT = 1  # of the bytes below
 MAX_SIDE = 30
-MAX_BYTES = 2**17  # of a preference, unpacked; the largest that is written has two thirds of that
+MAX_BYTES = 2**17  # of a preference, unpacked; the largest that is written has less than three quarters
 TABLE = "CREATE TABLE prior (key BLOB PRIMARY KEY, value BLOB, checksum BLOB)"
 UNREADABLE = (ValueError, IndexError, struct.error, zlib.error)  # bytes that encode nothing
 SIZE = struct.Struct("<BBd")  # rows, columns, probability

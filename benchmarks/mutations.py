@@ -272,7 +272,7 @@ FAULTS = (
     Fault("repair may be a candidate already", "demo_prior.py",
           "        if grid.tobytes() not in known:", "        if grid.tobytes() != first.tobytes():", REPAIR),
     Fault("repair changes all that differs", "demo_prior.py",
-          "lambda x=labels, k=number: x == k", "lambda x=labels, k=number: x > 0", REPAIR),
+          "np.where(labels == number, other, first)", "np.where(labels > 0, other, first)", REPAIR),
     Fault("judge cannot tell repaired candidates", "prior_cache.py",
           "name.startswith(REPAIRED)", "not name", EVIDENCE),
     Fault("preference keeps its colours in a view", "prior_cache.py",
