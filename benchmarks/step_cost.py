@@ -156,11 +156,14 @@ def own_times(profiler: profile) -> Counter:
     return times
 
 
-def measure(run: driver.Run, warmup: int, batches: int) -> tuple[Counter, int]:
-    """Return the nanoseconds of every part over the measured batches, and their number of pairs."""
+def measure(run: driver.Run, places: Iterable[tuple[int, int]], warmup: int = 0) -> tuple[Counter, int]:
+    """Return the nanoseconds of every part over batches, given as (epoch, batch), and their number of pairs.
+
+    The first ones only warm up.
+    """
     calls, times, pairs = instrument(run), Counter(), 0
     run.system.train()
-    for n, (epoch, k) in enumerate(positions(run, warmup + batches)):
+    for n, (epoch, k) in enumerate(places):
         calls.clear()
         if n < warmup:
             step_once(run, epoch, k)
@@ -190,8 +193,9 @@ def main() -> int:
             ["--device", "cpu", "--model", "tiny", "--preset", "tiny", "--max-tasks", "100", "--out", out, *flags]
         )
         run = driver.build_run(command, Console(quiet=True), None)
-        prepare_priors(run, positions(run, args.warmup_batches + args.batches))
-        times, pairs = measure(run, args.warmup_batches, args.batches)
+        places = list(positions(run, args.warmup_batches + args.batches))
+        prepare_priors(run, places)
+        times, pairs = measure(run, places, args.warmup_batches)
         run.close()
     own = times.pop(OWN_BACKWARD)
     whole = sum(times.values())

@@ -42,7 +42,7 @@ from report import Console
 LIMITS = {"fixed 30x30 canvas": 3.5, "batch size 1": 8.0}  # at least so much faster
 LEAST_REAL = 0.75  # of the cells computed
 FLOP_BATCHES = 3
-PROFILED_BATCHES = 4
+PROFILED_BATCHES = 8
 
 
 def evenly(count: int, most: int) -> list[int]:
@@ -235,9 +235,10 @@ def print_flops(arm: Arm) -> None:
           f" {str(dtype).removeprefix('torch.')} matrix product")  # fmt: skip
 
 
-def print_shares(run: driver.Run, batches: int) -> None:
-    """Print each part's share of a step, from the profiler."""
-    times, _ = step_cost.measure(run, 0, batches)
+def print_shares(arm: Arm, count: int) -> None:
+    """Print each part's share of a step, from the profiler, over some of the measured batches."""
+    chosen = [(0, arm.measured[i]) for i in evenly(len(arm.rows), count)]
+    times, _ = step_cost.measure(arm.run, chosen)
     times.pop(step_cost.OWN_BACKWARD)
     whole = sum(times.values())
     print("share of a step, under the profiler: "
@@ -294,7 +295,7 @@ def main() -> int:
               f" {run.batches(0)} batches, {pairs / len(arms[0].rows):.1f} pairs each")  # fmt: skip
         print(*table(arms), sep="\n")
         print_flops(arms[0])
-        print_shares(run, min(args.steps, PROFILED_BATCHES))
+        print_shares(arms[0], PROFILED_BATCHES)
         run.close()
     return judged(arms, args.preset == "tiny" and args.device == "cpu")
 
