@@ -593,8 +593,15 @@ def _to(batch: Any, device: torch.device | str) -> Any:
     moved = {}
     for field in dataclasses.fields(batch):
         value = getattr(batch, field.name)
-        moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
+        moved[field.name] = to_device(value, device) if isinstance(value, Tensor) else value
     return type(batch)(**moved)
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor on a device. A CUDA GPU takes it from pinned memory when its turn comes: nothing waits for it."""
+    if torch.device(device).type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def canvas_shape(canvas: int | tuple[int, int]) -> tuple[int, int]:

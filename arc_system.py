@@ -548,14 +548,14 @@ class Optimizers:
         for name, optimizer in optimizers.items():
             # What the settings say holds, not what they said when the state was saved: a resume may change them.
             own = [{key: group[key] for key in _set_by_settings(group)} for group in optimizer.param_groups]
-            optimizer.load_state_dict(state[name])
-            for group, settings in zip(optimizer.param_groups, own, strict=True):
-                group.update(settings)
+            groups = [{**group, **now} for group, now in zip(state[name]["param_groups"], own, strict=True)]
+            optimizer.load_state_dict({**state[name], "param_groups": groups})
 
 
 def _set_by_settings(group: dict) -> tuple[str, ...]:
-    """Return the keys of a parameter group that the settings decide; the schedule makes "lr" from "peak_lr"."""
-    return ("peak_lr", "weight_decay") if "peak_lr" in group else ("lr",)
+    """Return the keys of a parameter group that settings and device decide; the schedule makes "lr" from "peak_lr"."""
+    settings = ("peak_lr", "weight_decay") if "peak_lr" in group else ("lr",)
+    return *settings, *(key for key in ("foreach", "fused") if key in group)
 
 
 def _parameter_names(state: dict) -> list[str]:
@@ -581,10 +581,12 @@ def build_optimizers(system: ARCSystem) -> Optimizers:
         else:
             (matrices if parameter.ndim == 2 else vectors).append((name, parameter))
     llm_lr = config.lr if tiny else system.config.prompt.llm_lr
+    fused = system.device.type == "cuda"  # on a CPU it rounds otherwise, and gains nothing
+    small = {"foreach": not fused, "fused": fused}
     groups = [
-        {"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay, "foreach": True},
-        {"params": vectors, "lr": config.lr, "weight_decay": 0.0, "foreach": True},
-        {"params": llm, "lr": llm_lr, "weight_decay": config.weight_decay},
+        {"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay, **small},
+        {"params": vectors, "lr": config.lr, "weight_decay": 0.0, **small},
+        {"params": llm, "lr": llm_lr, "weight_decay": config.weight_decay, "fused": fused},
     ]
     main: dict[str, torch.optim.Optimizer] = {
         "muon": Muon(

@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arc_data import MAX_SIDE, NUM_COLORS, PAD, Query, canvas_shape
+from arc_data import MAX_SIDE, NUM_COLORS, PAD, Query, canvas_shape, to_device
 from config import AgentConfig
 
 OUTSIDE = NUM_COLORS  # the code of a view that points outside the input
 NUM_CODES = NUM_COLORS + 1
 FORWARD, BACKWARD = 0, 1
 READ_FLOOR = 1e-3  # uniform share of the read mixture
+HEAD_DIM = 32  # least width of a head of attention among cells
 
 
 @dataclass
@@ -290,34 +291,50 @@ class CellConv(nn.Module):
         return F.conv2d(x.movedim(-1, 1), self.weight.view(width, width, 3, 3), padding=1).movedim(1, -1)
 
 
-class CellAttention(nn.Module):
-    """Attention among all valid cells of a canvas, with rotary row and column positions (Su 2021, arXiv 2104.09864)."""
+class Cells:
+    """The cells of a canvas that are planned on, and what all blocks on it share.
 
-    def __init__(self, width: int, head_dim: int = 32):
+    mask, inside [B, H, W] and [B, H, W, 1]: True on the cells; how many there are, at least 1: in_row [B, H, 1],
+    in_column [B, W, 1], in_grid [B, 1]. For attention with heads of width d: looks [B, 1, 1, H*W], where it may look;
+    rotation, cosines and sines [H*W, d / 2] of the positions, those of the row first.
+    """
+
+    def __init__(self, mask: Tensor, head_dim: int = 0):
+        self.mask, self.inside = mask, mask[..., None]
+        self.in_row = mask.sum(2).clamp(min=1)[..., None]
+        self.in_column = mask.sum(1).clamp(min=1)[..., None]
+        self.in_grid = mask.sum((1, 2)).clamp(min=1)[:, None]
+        if head_dim:
+            flat = mask.flatten(1)
+            self.looks = flat[:, None, None] | ~flat.any(1).view(-1, 1, 1, 1)  # no all-masked row
+            self.rotation = rotation((mask.shape[1], mask.shape[2]), head_dim, mask.device)
+
+
+def rotation(canvas: tuple[int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [H*W, head_dim / 2] of rotary positions. Source: Su 2021, arXiv 2104.09864."""
+    quarter = head_dim // 4
+    frequency = 1.0 / (50.0 ** (torch.arange(quarter, device=device) / quarter))
+    rows, columns = (steps.float()[0, ..., None] * frequency for steps in _steps(canvas, device))
+    angle = torch.cat([x.expand(*canvas, quarter) for x in (rows, columns)], -1).flatten(0, 1)
+    return angle.cos(), angle.sin()
+
+
+class CellAttention(nn.Module):
+    """Attention among all valid cells of a canvas, with rotary row and column positions."""
+
+    def __init__(self, width: int):
         super().__init__()
-        self.heads = max(width // head_dim, 1)
+        self.heads = max(width // HEAD_DIM, 1)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        quarter = width // self.heads // 4
-        self.register_buffer("frequency", 1.0 / (50.0 ** (torch.arange(quarter) / quarter)), persistent=False)
 
-    def rotate(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Return x [B, heads, H*W, d] with its first half rotated by the row, its second half by the column."""
-        steps_r = torch.arange(height, device=x.device, dtype=torch.float32)
-        steps_c = torch.arange(width, device=x.device, dtype=torch.float32)
-        angle_r = (steps_r[:, None] * self.frequency)[:, None].expand(-1, width, -1).flatten(0, 1)
-        angle_c = (steps_c[:, None] * self.frequency)[None].expand(height, -1, -1).flatten(0, 1)
-        angle = torch.cat((angle_r, angle_c), -1)
-        even, odd = x.float().chunk(2, -1)
-        cos, sin = angle.cos(), angle.sin()
-        return torch.cat((even * cos - odd * sin, even * sin + odd * cos), -1).to(x.dtype)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cells: Cells) -> Tensor:
         batch, height, width, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = self.rotate(q, height, width), self.rotate(k, height, width)
-        keys = mask.flatten(1)[:, None, None] | ~mask.flatten(1).any(1).view(-1, 1, 1, 1)  # no all-masked row
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        qk, v = self.qkv(x).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4).split((2, 1))
+        even, odd = qk.float().chunk(2, -1)
+        cos, sin = cells.rotation
+        q, k = torch.cat((even * cos - odd * sin, even * sin + odd * cos), -1).to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v[0], attn_mask=cells.looks)
         return self.out(y.transpose(1, 2).reshape(batch, height, width, dim))
 
 
@@ -340,26 +357,24 @@ class Block(nn.Module):
         for layer in (self.mix, self.mlp_out):
             nn.init.normal_(layer.weight, std=0.5 / math.sqrt(layer.in_features))
 
-    def forward(self, x: Tensor, mask: Tensor, prompt: Tensor | None = None) -> Tensor:
-        inside = mask[..., None]
+    def forward(self, x: Tensor, cells: Cells, prompt: Tensor | None = None) -> Tensor:
         y = self.norm(x)
         if self.modulation is not None:
             scale, shift = self.modulation(prompt)[:, None, None].chunk(2, -1)
             y = y * (1 + scale) + shift
-        y = torch.where(inside, y, 0)
-        x = x + self.mix(F.silu(self.conv(y) + self.means(y, mask)))
+        y = torch.where(cells.inside, y, 0)
+        x = x + self.mix(F.silu(self.conv(y) + self.means(y, cells)))
         if self.attention is not None:
-            x = x + self.attention(self.attention_norm(x), mask)
+            x = x + self.attention(self.attention_norm(x), cells)
         gate, value = self.mlp_in(self.mlp_norm(x)).chunk(2, -1)
         return x + self.mlp_out(F.silu(gate) * value)
 
-    def means(self, y: Tensor, mask: Tensor) -> Tensor:
+    def means(self, y: Tensor, cells: Cells) -> Tensor:
         """Return the projected means over each cell's row, column and grid, [B, H, W, D]."""
-        rows, cols = mask.sum(2).clamp(min=1)[..., None], mask.sum(1).clamp(min=1)[..., None]
         by_row, by_col = y.sum(2), y.sum(1)
-        grid = by_row.sum(1) / mask.sum((1, 2)).clamp(min=1)[:, None]
+        grid = by_row.sum(1) / cells.in_grid
         row_weight, col_weight, grid_weight = self.context.weight.chunk(3, 1)
-        by_row, by_col = F.linear(by_row / rows, row_weight), F.linear(by_col / cols, col_weight)
+        by_row, by_col = F.linear(by_row / cells.in_row, row_weight), F.linear(by_col / cells.in_column, col_weight)
         return by_row[:, :, None] + by_col[:, None] + F.linear(grid, grid_weight)[:, None, None]
 
 
@@ -471,6 +486,7 @@ class Planner(nn.Module):
     def __init__(self, config: AgentConfig, prompt_dim: int, kappa: float = 0.0):
         super().__init__()
         width, self.steps = config.width, config.num_steps
+        self.head_dim = width // max(width // HEAD_DIM, 1) if config.attention == "on" else 0
         stages = 1 if config.tie_stages else config.num_steps
         self.stages = nn.ModuleList(
             nn.ModuleList(Block(width, config.attention == "on", prompt_dim) for _ in range(config.plan_blocks))
@@ -496,20 +512,19 @@ class Planner(nn.Module):
         start = self.read_trust * trust[..., 1:] * reading.read_logits
         if reading.prior_logits is not None:
             start = start + self.kappa * trust[..., :1] * reading.prior_logits
-        mask = reading.mask
-        inside, cells = mask[..., None], mask.sum((1, 2)).clamp(min=1)[:, None]
+        cells = Cells(reading.mask, self.head_dim)
         hidden, logits = reading.hidden, start
         beliefs, states, pools = [], [], []
         for t in range(self.steps):
             hidden = hidden + self.belief_embed(logits.softmax(-1)) + self.step_embed.weight[t]
             for block in self.stages[t % len(self.stages)]:
-                hidden = block(hidden, mask, prompt)
+                hidden = block(hidden, cells, prompt)
             features = self.state_norm(hidden)
             state = self.state_head(features).float()
             logits = start + decode_states(state, self.likelihood_logits)
             beliefs.append(logits)
             states.append(state)
-            pools.append(torch.where(inside, features, 0).sum((1, 2)) / cells)
+            pools.append(torch.where(cells.inside, features, 0).sum((1, 2)) / cells.in_grid)
         return torch.stack(beliefs, 1), torch.stack(states, 1), torch.stack(pools, 1)
 
 
@@ -548,10 +563,11 @@ class ARCPromptGuidedAgent(nn.Module):
         """Return cell features [B, S, S, D] and views [B, V, S, S] of inputs seen from output cells."""
         views, background = input_views(grid, size, out_size, (mask.shape[1], mask.shape[2]))
         x = self.view_embed(view_codes(views)) + self.geometry_embed(cell_geometry(views, background, size, out_size))
-        x = torch.where(mask[..., None], x, 0).float()  # the residual stream stays in fp32 under autocast
+        cells = Cells(mask, self.forward_planner.head_dim)
+        x = torch.where(cells.inside, x, 0).float()  # the residual stream stays in fp32 under autocast
         for block in self.read_blocks:
-            x = block(x, mask)
-        return torch.where(mask[..., None], self.read_norm(x), 0), views
+            x = block(x, cells)
+        return torch.where(cells.inside, self.read_norm(x), 0), views
 
     def query_cells(
         self, query: Query, size: Tensor, mask: Tensor, own_rows: Sequence[int], demos: tuple[Tensor, Tensor]
@@ -564,15 +580,15 @@ class ARCPromptGuidedAgent(nn.Module):
         if not rows:
             return self.embed(query.input, query.input_size, size, mask)
         more = [side - other for side, other in zip(mask.shape[1:], demos[1].shape[2:], strict=True)]
-        chosen = torch.tensor(rows, device=mask.device)
+        chosen = to_device(torch.tensor(rows), mask.device)
         x = F.pad(demos[0].index_select(0, chosen), (0, 0, 0, more[1], 0, more[0]))  # a negative width cuts
         views = F.pad(demos[1][chosen], (0, more[1], 0, more[0]), value=OUTSIDE)
         if len(rows) < len(own_rows):
             known = [b for b, row in enumerate(own_rows) if row >= 0]
             others = [b for b, row in enumerate(own_rows) if row < 0]
-            pick = torch.tensor(others, device=mask.device)
+            pick = to_device(torch.tensor(others), mask.device)
             rest = self.embed(query.input[pick], query.input_size[pick], size[pick], mask[pick])
-            place = torch.tensor(known + others, device=mask.device).argsort()
+            place = to_device(torch.tensor(known + others), mask.device).argsort()
             x, views = torch.cat((x, rest[0])).index_select(0, place), torch.cat((views, rest[1]))[place]
         return x, views
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from answer_traits import NUM_MISFITS
-from arc_data import MAX_SIDE, NUM_COLORS, PAD, Context, Query, canvas_shape
+from arc_data import MAX_SIDE, NUM_COLORS, PAD, Context, Query, canvas_shape, to_device
 from demo_prior import MAX_CANDIDATES, REPAIRED, Preference, Shape
 from prior_store import (
     MIN_PARALLEL,
@@ -175,7 +175,7 @@ class PriorCache:
         if isinstance(source, Context):
             return self.features_of(source)
         rows = np.stack([self.features_of(context) for context in source.contexts])
-        return torch.from_numpy(rows).to(source.input.device)
+        return to_device(torch.from_numpy(rows), source.input.device)
 
     def preferences(self, query: Query, sizes: Tensor | Sequence[Shape], canvas: int | Shape) -> Tensor:
         """Return log-probabilities float32 [B, H, W, 10] on a canvas (H, W); uniform outside each size.
@@ -187,13 +187,13 @@ class PriorCache:
         for cells, context, shape in zip(batch, query.contexts, _plain_shapes(sizes), strict=True):
             plain = self._preference(context, shape)
             cells[: int(shape[0]), : int(shape[1])] = context.augmentation.apply_scores(plain.log_prob)
-        return torch.from_numpy(batch).to(query.input.device)
+        return to_device(torch.from_numpy(batch), query.input.device)
 
     def confidences(self, query: Query, sizes: Tensor | Sequence[Shape]) -> Tensor:
         """Return the confidence float32 [B] of each context's preference at its size."""
         pairs = zip(query.contexts, _plain_shapes(sizes), strict=True)
         values = [self._preference(context, shape).confidence for context, shape in pairs]
-        return torch.tensor(values, dtype=torch.float32, device=query.input.device)
+        return to_device(torch.tensor(values, dtype=torch.float32), query.input.device)
 
     def candidates(
         self, query: Query, sizes: Tensor | Sequence[Shape], canvas: int | Shape, count: int = MAX_CANDIDATES
@@ -211,7 +211,7 @@ class PriorCache:
                 grids[b, : len(kept), : int(shape[0]), : int(shape[1])] = np.moveaxis(seen, -1, 0)
                 weights[b, : len(kept)] = [weight for _, weight, _ in kept]
         device = query.input.device
-        return torch.from_numpy(grids).to(device), torch.from_numpy(weights).to(device)
+        return to_device(torch.from_numpy(grids), device), to_device(torch.from_numpy(weights), device)
 
     def evidence(self, query: Query, sizes: Tensor | Sequence[Shape]) -> tuple[Tensor, Tensor]:
         """Return what is known of each candidate, float32 [B, MAX_CANDIDATES, NUM_EVIDENCE], and which exist.
@@ -224,7 +224,7 @@ class PriorCache:
             found = candidate_evidence(self._preference(context, shape))
             evidence[b, : len(found)], exists[b, : len(found)] = found, True
         device = query.input.device
-        return torch.from_numpy(evidence).to(device), torch.from_numpy(exists).to(device)
+        return to_device(torch.from_numpy(evidence), device), to_device(torch.from_numpy(exists), device)
 
     def likeliest_sizes(self, query: Query) -> list[Shape]:
         """Return the most probable output size of each context, in the frame of its augmentation."""
@@ -236,14 +236,14 @@ class PriorCache:
         for context in query.contexts:
             marginals = self._get(("sides", context.key), lambda c=context: side_marginals(self._sizes(c)))
             rows.append(marginals[::-1] if context.augmentation.transposes else marginals)
-        return torch.from_numpy(np.stack(rows)).to(query.input.device)
+        return to_device(torch.from_numpy(np.stack(rows)), query.input.device)
 
     def canonical(self, query: Query) -> Tensor:
         """Return canonical colours [B, 10] int64: the frequency rank of each (augmented) colour."""
         rows = np.empty((len(query), NUM_COLORS), np.int64)
         for row, context in zip(rows, query.contexts, strict=True):
             row[list(context.augmentation.colors)] = self._canonical(context)
-        return torch.from_numpy(rows).to(query.input.device)
+        return to_device(torch.from_numpy(rows), query.input.device)
 
     def color_maps(self, contexts: Sequence[Context]) -> Tensor:
         """Return color_map in canonical colours, float32 [B, 10, 10] on the host; the same under every augmentation."""

@@ -1,7 +1,7 @@
 """Write the demonstrations as text, run Qwen on it with real gradients, return the hybrid prompt.
 
 Rule text (from demonstrations only) -> language model -> masked mean -> projection; plus features, task slot, dihedral.
-May import config and demo_prior (L1) and torch; transformers, tokenizers, peft, huggingface_hub only inside functions.
+May import config, arc_data, demo_prior (L1), torch; transformers, tokenizers, peft, huggingface_hub in functions only.
 Used by policy_refined (Prompt), arc_system (QwenHybridPrompt, resolve_model, resolve_train_llm).
 """
 
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from arc_data import to_device
 from config import DEFAULT_QWEN, ConfigError, PromptConfig
 
 if TYPE_CHECKING:
@@ -752,8 +753,8 @@ class QwenHybridPrompt(nn.Module):
         token_ids = self._tokenize(list(row_of))
         longest = max(map(len, token_ids))
         pad = self.tokenizer.pad_token_id
-        ids_KL = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in token_ids], device=device)
-        length_K = torch.tensor([len(ids) for ids in token_ids], device=device)
+        ids_KL = to_device(torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in token_ids]), device)
+        length_K = to_device(torch.tensor([len(ids) for ids in token_ids]), device)
         mask_KL = torch.arange(longest, device=device) < length_K[:, None]
         frozen = not self.language_parameters()
         with torch.no_grad() if frozen else contextlib.nullcontext():
@@ -761,7 +762,7 @@ class QwenHybridPrompt(nn.Module):
             hidden_KLD = self.language_model(input_ids=ids_KL, attention_mask=seen).last_hidden_state.float()
         sum_KD = torch.where(mask_KL[:, :, None], hidden_KLD, 0.0).sum(1)
         mean_KD = sum_KD / length_K[:, None]
-        return mean_KD[torch.tensor([row_of[text] for text in texts], device=device)]
+        return mean_KD[to_device(torch.tensor([row_of[text] for text in texts]), device)]
 
     def _attention_mask(self, mask_KL: Tensor) -> Tensor:
         """Return what tells the language model where its tokens may look, from where they are.

@@ -2,8 +2,8 @@
 
 Holds the admission threshold, the episodic memory (plain tensors on the CPU), the learned reader that lets a recalled
 entry enter the prompt and the preference, the memory of lessons (what told right answers from wrong ones), and the
-Z-learning table. Imports numpy, torch and config (L0). Used by arc_system, evaluate and the driver; everything that
-must survive a restart is in a state_dict of plain values.
+Z-learning table. Imports numpy, torch, config and arc_data (L0). Used by arc_system, evaluate and the driver;
+everything that must survive a restart is in a state_dict of plain values.
 
 Shapes: B batch (queries), K recalled entries, F features, Dp prompt width, E evidence, H rows, W columns; 10 colours.
 """
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arc_data import to_device
 from config import MemoryConfig
 
 NUM_COLORS = 10
@@ -355,9 +356,9 @@ class MemoryBuffer(EntryTable):
             if self.config.memory_recall == "random":
                 least = self.config.memory_similarity
                 similarity = least + (1.0 - least) * random_shares(mirror["number"], task_ids)
-            usable = mirror["task"] != self._identify("task", task_ids).to(features.device)[:, None]
+            usable = mirror["task"] != to_device(self._identify("task", task_ids), features.device)[:, None]
             if pair_ids is not None:
-                usable &= mirror["pair"] != self._identify("pair", pair_ids).to(features.device)[:, None]
+                usable &= mirror["pair"] != to_device(self._identify("pair", pair_ids), features.device)[:, None]
             usable &= similarity >= self.config.memory_similarity  # also false for nan
             # One integer orders by similarity to 1e-6, then by age, so equal similarities cannot swap between runs.
             grade = torch.where(usable, similarity, -2.0).mul_(1e6).round_().long()
@@ -447,7 +448,7 @@ class MemoryBuffer(EntryTable):
             mirror = {name: self._live(name) for name in ("prompt", "delta", "color_map", "task", "pair", "number")}
             mirror |= {"mean": mean, "std": std,
                        "key": self._key(self._live("features"), self._live("prompt"), mean, std)}
-            self._mirrors[device] = {name: value.to(device) for name, value in mirror.items()}
+            self._mirrors[device] = {name: to_device(value, device) for name, value in mirror.items()}
         return self._mirrors[device]
 
     def _utility(self) -> Tensor:
@@ -500,7 +501,7 @@ class MemoryBuffer(EntryTable):
 
 def random_shares(number: Tensor, task_ids: Sequence[str]) -> Tensor:
     """Return [B, entries] in [0, 1), a function of a task and an entry's number alone: the control of recall."""
-    tasks = torch.tensor([zlib.crc32(text.encode()) for text in task_ids], device=number.device)[:, None]
+    tasks = to_device(torch.tensor([zlib.crc32(text.encode()) for text in task_ids]), number.device)[:, None]
     mixed = (tasks * 2654435761 + number * 40503) % 2**32
     return (mixed * 2246822519 % 2**32 >> 8).float() / 2**24
 
@@ -601,7 +602,7 @@ class LessonBuffer(EntryTable):
             similarity = self._unit(key.float(), mirror["mean"], mirror["std"]) @ mirror["key"].T
             if self.config.memory_recall == "random":
                 similarity = 2 * random_shares(mirror["number"], task_ids) - 1
-            usable = mirror["task"] != self._identify("task", task_ids).to(key.device)[:, None]
+            usable = mirror["task"] != to_device(self._identify("task", task_ids), key.device)[:, None]
             weights = torch.where(usable, similarity / LESSON_TEMPERATURE, -torch.inf).softmax(1)
             return torch.where(usable, weights, 0.0) @ mirror["direction"]
 
@@ -640,7 +641,7 @@ class LessonBuffer(EntryTable):
             mirror = {name: self._live(name) for name in ("number", "task")}
             mirror |= {"mean": mean, "std": std, "key": self._unit(key, mean, std),
                        "direction": self._live("direction").float()}
-            self._mirrors[device] = {name: value.to(device) for name, value in mirror.items()}
+            self._mirrors[device] = {name: to_device(value, device) for name, value in mirror.items()}
         return self._mirrors[device]
 
 

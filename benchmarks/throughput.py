@@ -26,11 +26,14 @@ import argparse
 import dataclasses
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import step_cost
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import trainloop_complete_with_fixes as driver
@@ -43,6 +46,7 @@ LIMITS = {"fixed 30x30 canvas": 3.5, "batch size 1": 8.0}  # at least so much fa
 LEAST_REAL = 0.75  # of the cells computed
 FLOP_BATCHES = 3
 PROFILED_BATCHES = 8
+SHOWN_KERNELS = 12
 
 
 def evenly(count: int, most: int) -> list[int]:
@@ -245,6 +249,24 @@ def print_shares(arm: Arm, count: int) -> None:
           + ", ".join(f"{part} {times[part] / whole:.1%}" for part in step_cost.PARTS))  # fmt: skip
 
 
+def print_kernels(arm: Arm, count: int) -> None:
+    """Print how many kernels a step launches on a GPU, what share of its time they fill, and the longest of them."""
+    chosen = evenly(len(arm.rows), count)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for i in chosen:
+            step_once(arm.run, arm.measured[i], arm.measured[i])
+        wait(arm.run.runtime.device)
+    times: Counter = Counter()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    for event in events:
+        times[event.name] += event.device_time_total
+    busy, whole = sum(times.values()), 1e6 * sum(arm.rows[i][0] for i in chosen)
+    print(f"kernels: {len(events) / len(chosen):.0f} a step, {1e-3 * busy / len(chosen):.1f} ms of the"
+          f" {1e-3 * whole / len(chosen):.1f} ms that one takes without the profiler, {busy / whole:.0%}")  # fmt: skip
+    for name, spent in times.most_common(SHOWN_KERNELS):
+        print(f"  {spent / busy:5.1%}  {name[:100]}")
+
+
 def measured(run: driver.Run, batches: list[int], warmup: int, alone: int) -> list[Arm]:
     """Return the arms after training on the batches, of which the first ones only warm up."""
     arms = arms_of(run, alone)
@@ -295,6 +317,8 @@ def main() -> int:
               f" {run.batches(0)} batches, {pairs / len(arms[0].rows):.1f} pairs each")  # fmt: skip
         print(*table(arms), sep="\n")
         print_flops(arms[0])
+        if run.runtime.device.type == "cuda":
+            print_kernels(arms[0], PROFILED_BATCHES)
         print_shares(arms[0], PROFILED_BATCHES)
         run.close()
     return judged(arms, args.preset == "tiny" and args.device == "cpu")
