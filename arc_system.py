@@ -20,10 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arc_data import PAD, Answer, Query, canvas_shape, rows_of_own_input
-from config import ConfigError, TrainConfig
+from config import ConfigError, TrainConfig, one_line
 from demo_prior import MAX_CANDIDATES
 from distributed import WHOLE, Share
-from grid_accuracy_loss import ARCPromptGuidedAgent, Reading, Trajectory, cell_nats, with_backward
+from grid_accuracy_loss import (
+    ARCPromptGuidedAgent,
+    Block,
+    Cells,
+    Pieces,
+    Reading,
+    Trajectory,
+    cell_nats,
+    compiled_pieces,
+    with_backward,
+)
 from loss_function import EFELoss
 from muon import Muon
 from policy_refined import PolicyRefinedAgent, PolicyTerms, Proposal
@@ -35,6 +45,7 @@ from task_features import NUM_FEATURES
 
 CONTROL_DIM = 32
 NO_CANDIDATE = -1e4  # logit of a candidate that does not exist
+MOST_GRAPHS = 64  # of one function, for torch.compile: with gradients and without, for batches of one, rows of one, ...
 
 
 class DeviceError(RuntimeError):
@@ -141,6 +152,7 @@ def choose_runtime(device: torch.device, precision: str) -> Runtime:
         name = torch.cuda.get_device_name(device)
         chosen = "bf16" if capability >= (8, 0) else "fp16"
         reason = f"{name} has compute capability {capability[0]}.{capability[1]}"
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and nearly every batch has another
     scaler = torch.amp.GradScaler(device.type, enabled=chosen == "fp16")
     return Runtime(device, chosen, reason, scaler)
 
@@ -150,6 +162,42 @@ def use_deterministic(on: bool) -> None:
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(on)
+
+
+def use_compiled(agent: ARCPromptGuidedAgent, runtime: Runtime) -> str:
+    """Let torch.compile fuse the agent's blocks. Return '', or in one line why that cannot be; then nothing changes.
+
+    What a step needs is compiled now, on made-up cells. What is met later for the first time (a batch of one, say) is
+    compiled then; should that fail, torch warns and computes it as it is.
+    """
+    import torch._dynamo as dynamo
+
+    blocks = [block for block in agent.modules() if isinstance(block, Block)]
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, MOST_GRAPHS)
+    try:
+        pieces = compiled_pieces()
+        for block in blocks:
+            block.pieces = pieces
+            _rehearse(block, agent.forward_planner.head_dim, runtime)
+    except Exception as error:  # whatever is missing: Triton, a compiler, support for this version of Python
+        for block in blocks:
+            block.pieces = Pieces()
+        return one_line(f"{type(error).__name__}: {error}".splitlines()[0], 200)
+    dynamo.config.suppress_errors = True
+    return ""
+
+
+def _rehearse(block: Block, head_dim: int, runtime: Runtime) -> None:
+    """Compute a block on made-up cells with gradients and without; no gradient stays."""
+    shape, device = (2, 3, 4), runtime.device
+    cells = Cells(torch.ones(shape, dtype=torch.bool, device=device), head_dim)
+    prompt = None if block.modulation is None else torch.zeros(2, block.modulation.in_features, device=device)
+    x = torch.ones(*shape, len(block.norm.weight), device=device, requires_grad=True)
+    with runtime.autocast():
+        y = block(x, cells, prompt)
+    torch.autograd.grad(y.sum(), [x, *block.parameters()], allow_unused=True)
+    with torch.no_grad(), runtime.autocast():
+        block(x.detach(), cells, prompt)
 
 
 def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator:

@@ -71,6 +71,11 @@ class RunConfig:
         False,
         "use algorithms that give the same bits each time, so that a resume is exact on a GPU too; slower there",
     )
+    compile: bool = setting(
+        False,
+        "fuse the planner's blocks with torch.compile, for a GPU that waits for its kernels to be launched; costs a"
+        " minute at the start",
+    )
     out: str = setting("runs", "folder that holds the run folders")
     name: str = setting("", "name of the run folder; default arc_complete_YYYYMMDD_HHMMSS")
     cache_dir: str = setting(
@@ -436,6 +441,7 @@ RESUME_QUIET = (
 RESUME_FREE = (
     *RESUME_QUIET,
     "run.epochs", "run.max_batches", "run.device", "run.precision", "run.deterministic",
+    "run.compile",
     "data.batch_cells", "data.batch_size",
     "prompt.llm_lr", "prompt.gradient_checkpointing",
     "agent.read_cells", "agent.answer_confidence",

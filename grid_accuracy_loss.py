@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ OUTSIDE = NUM_COLORS  # the code of a view that points outside the input
 NUM_CODES = NUM_COLORS + 1
 FORWARD, BACKWARD = 0, 1
 READ_FLOOR = 1e-3  # uniform share of the read mixture
+NORM_EPS = 1e-5
 HEAD_DIM = 32  # least width of a head of attention among cells
 
 
@@ -273,10 +275,79 @@ class Norm(nn.LayerNorm):
     """Layer normalisation over the last axis in fp32, without a bias (fused on CPUs, where RMSNorm is not)."""
 
     def __init__(self, width: int):
-        super().__init__(width, eps=1e-5, bias=False)
+        super().__init__(width, eps=NORM_EPS, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
+        return _normalised(x, self.weight)
+
+
+# What a block computes beside convolution, sums and attention: four pieces that torch.compile can fuse. `Cells`' shapes
+# vary from batch to batch; the pieces see rows of channels only, so that one graph serves all shapes.
+
+
+def _normalised(x: Tensor, weight: Tensor) -> Tensor:
+    return F.layer_norm(x.float(), weight.shape, weight, None, NORM_EPS).to(x.dtype)
+
+
+def _enter(x: Tensor, weight: Tensor, inside: Tensor) -> Tensor:
+    """Return the normalised cells x [..., D], 0 where inside [..., 1] is False."""
+    return torch.where(inside, _normalised(x, weight), 0)
+
+
+def _enter_modulated(x: Tensor, weight: Tensor, inside: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return the same, scaled and shifted by what the prompt says, [B, 1, ..., D] each."""
+    return torch.where(inside, _normalised(x, weight) * (1 + scale) + shift, 0)
+
+
+def _join(x: Tensor, found: Tensor, means: Tensor, weight: Tensor) -> Tensor:
+    """Return x plus what convolution and means found, all [..., D]."""
+    return x + F.linear(F.silu(found + means), weight)
+
+
+def _feed(x: Tensor, norm: Tensor, into: Tensor, out: Tensor) -> Tensor:
+    """Return x [..., D] plus its SwiGLU."""
+    gate, value = F.linear(_normalised(x, norm), into).chunk(2, -1)
+    return x + F.linear(F.silu(gate) * value, out)
+
+
+def _heads(x: Tensor, norm: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values [B, heads, n, d] of cells x [B, n, D], rotated by their positions [n, d / 2]."""
+    batch, cells, _ = x.shape
+    qkv = F.linear(_normalised(x, norm), weight).view(batch, cells, 3, -1, 2 * cos.shape[-1]).permute(2, 0, 3, 1, 4)
+    even, odd = qkv[:2].float().chunk(2, -1)
+    q, k = torch.cat((even * cos - odd * sin, even * sin + odd * cos), -1).to(qkv.dtype)
+    return q, k, qkv[2]
+
+
+class Pieces(NamedTuple):
+    """The four functions of a block, plain or compiled."""
+
+    enter: Callable[..., Tensor] = _enter
+    enter_modulated: Callable[..., Tensor] = _enter_modulated
+    join: Callable[..., Tensor] = _join
+    feed: Callable[..., Tensor] = _feed
+    heads: Callable[..., tuple[Tensor, Tensor, Tensor]] = _heads
+
+
+def compiled_pieces(**options: Any) -> Pieces:
+    """Return the pieces fused by torch.compile, which compiles each when it is first called."""
+    plain = Pieces()
+    heads, modulated = (torch.compile(piece, dynamic=True, **options) for piece in (_heads, _enter_modulated))
+
+    def by_rows(piece: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        fused = torch.compile(piece, dynamic=True, **options)
+
+        def call(x: Tensor, *others: Tensor) -> Tensor:
+            flat = (y.flatten(0, -2) if y.dim() == x.dim() else y for y in (x, *others))
+            return fused(*flat).view(x.shape)
+
+        return call
+
+    def enter_modulated(x: Tensor, weight: Tensor, inside: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        flat = (y.flatten(1, -2) for y in (inside, scale, shift))
+        return modulated(x.flatten(1, -2), weight, *flat).view(x.shape)
+
+    return Pieces(by_rows(plain.enter), enter_modulated, by_rows(plain.join), by_rows(plain.feed), heads)
 
 
 class CellConv(nn.Module):
@@ -324,22 +395,20 @@ class CellAttention(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.heads = max(width // HEAD_DIM, 1)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, cells: Cells) -> Tensor:
-        batch, height, width, dim = x.shape
-        qk, v = self.qkv(x).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4).split((2, 1))
-        even, odd = qk.float().chunk(2, -1)
-        cos, sin = cells.rotation
-        q, k = torch.cat((even * cos - odd * sin, even * sin + odd * cos), -1).to(v.dtype)
-        y = F.scaled_dot_product_attention(q, k, v[0], attn_mask=cells.looks)
-        return self.out(y.transpose(1, 2).reshape(batch, height, width, dim))
+    def forward(self, x: Tensor, norm: Tensor, cells: Cells, heads: Callable = _heads) -> Tensor:
+        """Return what cells x [B, H, W, D], normalised with the weight `norm`, get from one another."""
+        q, k, v = heads(x.flatten(1, 2), norm, self.qkv.weight, *cells.rotation)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=cells.looks)
+        return self.out(y.transpose(1, 2).reshape(x.shape))
 
 
 class Block(nn.Module):
     """Residual block on cells [B, H, W, D]: 3 x 3 convolution plus line and grid means, optional attention, SwiGLU."""
+
+    pieces = Pieces()
 
     def __init__(self, width: int, attention: bool, prompt_dim: int = 0):
         super().__init__()
@@ -358,16 +427,16 @@ class Block(nn.Module):
             nn.init.normal_(layer.weight, std=0.5 / math.sqrt(layer.in_features))
 
     def forward(self, x: Tensor, cells: Cells, prompt: Tensor | None = None) -> Tensor:
-        y = self.norm(x)
-        if self.modulation is not None:
-            scale, shift = self.modulation(prompt)[:, None, None].chunk(2, -1)
-            y = y * (1 + scale) + shift
-        y = torch.where(cells.inside, y, 0)
-        x = x + self.mix(F.silu(self.conv(y) + self.means(y, cells)))
+        pieces = self.pieces
+        if self.modulation is None:
+            y = pieces.enter(x, self.norm.weight, cells.inside)
+        else:
+            scale_and_shift = self.modulation(prompt)[:, None, None].chunk(2, -1)
+            y = pieces.enter_modulated(x, self.norm.weight, cells.inside, *scale_and_shift)
+        x = pieces.join(x, self.conv(y), self.means(y, cells), self.mix.weight)
         if self.attention is not None:
-            x = x + self.attention(self.attention_norm(x), cells)
-        gate, value = self.mlp_in(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.mlp_out(F.silu(gate) * value)
+            x = x + self.attention(x, self.attention_norm.weight, cells, pieces.heads)
+        return pieces.feed(x, self.mlp_norm.weight, self.mlp_in.weight, self.mlp_out.weight)
 
     def means(self, y: Tensor, cells: Cells) -> Tensor:
         """Return the projected means over each cell's row, column and grid, [B, H, W, D]."""

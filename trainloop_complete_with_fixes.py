@@ -99,6 +99,7 @@ from arc_system import (
     set_learning_rate,
     to_host,
     update_ratio,
+    use_compiled,
     use_deterministic,
 )
 from config import (
@@ -1647,6 +1648,12 @@ def set_up(command: CommandLine, console: Console, chosen: RunChoice | None, wor
     planner = f"planner {config.agent.preset} ({parameter_count(system.agent):,} parameters)"
     written = f"{config.prompt.model}@{revision[:12]} ({config.prompt.train_llm}, {llm:,} parameters train)"
     console.say(banner_line("model", f"{written}, {planner}"))
+    if config.run.compile:
+        began, fault = time.monotonic(), use_compiled(system.agent, runtime)
+        if fault:
+            console.note(f"--compile does not work here, so nothing is compiled ({fault})")
+        else:
+            console.say(banner_line("compiled", f"the planner's blocks, in {duration(time.monotonic() - began)}"))
     return Setup(config, runtime, data, sampler, items, system)
 
 

@@ -32,7 +32,7 @@ from arc_system import (
     update_ratio,
 )
 from config import ConfigError, DataConfig, TrainConfig, resolve, with_values
-from grid_accuracy_loss import cell_nats, size_mask
+from grid_accuracy_loss import Block, Pieces, cell_nats, compiled_pieces, size_mask
 from qwen_hybrid_prompt import ModelError
 from solver2 import Candidates
 
@@ -502,6 +502,60 @@ def test_optimizer_states_survive_a_restart():
     incomplete = {name: value for name, value in state[1].items() if name != "policy"}
     with pytest.raises(KeyError):
         second.load_state_dict(incomplete)
+
+
+def test_how_an_optimizer_computes_is_decided_by_the_device_not_by_the_checkpoint():
+    one, two = make_system(), make_system()
+    first, second = build_optimizers(one), build_optimizers(two)
+    step_with_random_gradients(one, first, seed=0)
+    state = first.state_dict()
+    for group in state["adamw"]["param_groups"]:
+        group |= {"fused": True, "foreach": False}  # as on a GPU
+    second.load_state_dict(state)
+    assert [group["fused"] for group in second.main["adamw"].param_groups] == [False] * 3
+    for system, optimizers in ((one, first), (two, second)):
+        step_with_random_gradients(system, optimizers, seed=1)
+    assert_same(first.main["adamw"].state_dict()["state"], second.main["adamw"].state_dict()["state"])
+
+
+# Compiling -----------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_blocks_plan_the_same(monkeypatch):
+    monkeypatch.setattr(arc_system, "compiled_pieces", lambda: compiled_pieces(backend="eager"))
+    monkeypatch.setattr("torch._dynamo.config.suppress_errors", False)
+    system = make_system(agent__attention="on", noise=0.1)
+    before, random_state = planned(system), torch.get_rng_state()
+    assert arc_system.use_compiled(system.agent, choose_runtime(torch.device("cpu"), "auto")) == ""
+    assert torch.equal(torch.get_rng_state(), random_state) and torch._dynamo.config.suppress_errors
+    blocks = [block for block in system.agent.modules() if isinstance(block, Block)]
+    assert all(block.pieces != Pieces() for block in blocks) and all(p.grad is None for p in system.parameters())
+    assert torch.equal(planned(system), before)
+
+
+def test_where_nothing_can_be_compiled_it_is_said_and_nothing_changes(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("torch.compile is not supported on this Python\nand more")
+
+    system = make_system(noise=0.1)
+    before = planned(system)
+    monkeypatch.setattr(torch, "compile", refuse)
+    said = arc_system.use_compiled(system.agent, choose_runtime(torch.device("cpu"), "auto"))
+    assert said == "RuntimeError: torch.compile is not supported on this Python"
+    assert all(block.pieces == Pieces() for block in system.agent.modules() if isinstance(block, Block))
+    assert torch.equal(planned(system), before)
+
+
+def planned(system):
+    """Return the beliefs of a system about one made-up batch."""
+    rng = np.random.default_rng(0)
+    grids = [rng.integers(0, 4, shape).astype(np.uint8) for shape in ((3, 4), (5, 2), (3, 4), (4, 4))]
+    contexts = [Context("a", "test:0", ((grids[0], grids[2]), (grids[1], grids[3])), grids[0])] * 2
+    query, answer = collate(contexts, [grids[3]] * 2)
+    with torch.no_grad():
+        scene = system.observe(query)
+        reading, _ = system.read(query, scene, answer.target_size, answer.canvas)
+        return system.plan(scene, reading, scene.embedding).forward
 
 
 # The state of the whole ----------------------------------------------------------------------------------------------

@@ -110,6 +110,17 @@ def test_dry_run_does_one_batch_and_one_save_and_keeps_nothing(drive, new_flags,
     assert "no run to resume" in capfd.readouterr().err
 
 
+def test_a_run_that_cannot_compile_says_so_and_goes_on(drive, new_flags, monkeypatch, capfd):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("torch.compile", refuse)
+    assert drive(*new_flags("--compile", "--epochs", 1, "--max-batches", 1)) == 0
+    note = "note: --compile does not work here, so nothing is compiled (RuntimeError: no compiler)"
+    out, _ = capfd.readouterr()
+    assert note in out and "compiled  " not in out
+
+
 def test_signal_ends_a_validation_and_a_resume_validates_anew(drive, new_flags, monkeypatch, tmp_path):
     flags = new_flags("--epochs", 1, "--max-batches", 1)
 

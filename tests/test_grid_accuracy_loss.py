@@ -18,12 +18,15 @@ from grid_accuracy_loss import (
     NUM_VIEWS,
     OUTSIDE,
     ARCPromptGuidedAgent,
+    Block,
+    Cells,
     GridAccuracyLoss,
     SizeHead,
     Trajectory,
     cell_accuracy,
     cell_geometry,
     colors_of,
+    compiled_pieces,
     decode_states,
     exact_match,
     grid_colors,
@@ -1016,3 +1019,34 @@ def test_gradients_are_bit_equal_on_several_threads():
         torch.set_num_threads(1)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_compiled_blocks_compute_the_same_with_few_graphs():
+    """Shapes differ from batch to batch; only sizes of one are shapes of their own to torch.compile."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def found(block, shape):
+        generator = torch.Generator().manual_seed(sum(shape))
+        x = torch.randn(*shape, 32, generator=generator, requires_grad=True)
+        cells = Cells(torch.rand(shape, generator=generator) > 0.2, 32)
+        prompt = None if block.modulation is None else torch.randn(shape[0], 8, generator=generator)
+        y = block(x, cells, prompt)
+        return y, *torch.autograd.grad(y.square().mean(), [x, *block.parameters()])
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    blocks = [Block(32, True, 8), Block(32, True), Block(32, True, 8)]
+    fused, counts = compiled_pieces(backend=count), []
+    for shape in [(2, 3, 4), (3, 5, 2), (4, 2, 7), (2, 30, 30)]:
+        for block in blocks:
+            expected = found(block, shape)
+            block.pieces = fused
+            actual = found(block, shape)
+            del block.pieces
+            assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+        counts.append(len(graphs))
+    assert counts == [5] * 4  # one of each piece, for all blocks
