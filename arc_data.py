@@ -35,6 +35,7 @@ Grid = np.ndarray  # uint8 [h, w], read-only
 
 _SPLITS = {"train": ("training", "train"), "eval": ("evaluation", "eval")}
 _OPEN_BATCHES = 50  # how many of the latest batches may still take a task
+_SMALL_BATCH = 8192  # cells; up to here a batch more is better than padding (docs/LAB_NOTEBOOK.md)
 _MAX_FILE = 50_000_000  # bytes of one file of a folder
 _MAX_TABLE = 500_000_000  # bytes of a file that the user names: all tasks of a data set
 _MAX_ID = 200  # characters
@@ -867,11 +868,16 @@ def _pieces(t: int, shapes: np.ndarray, left: list[int], budget: float, rng: np.
 
 
 def _pack(pieces: list[_Piece], batch_cells: int) -> list[list[tuple[int, int]]]:
-    """Return batches within the budget: each piece joins the recent batch where its canvas wastes least."""
+    """Return batches within the budget: each piece joins the recent batch where its canvas wastes least.
+
+    Padding is the price of fewer batches: a piece opens one of its own where it would add more padding elsewhere than a
+    quarter of its cells and, of large batches, a small share of the budget.
+    """
     batches: list[_Piece] = []
+    spare = max(batch_cells - _SMALL_BATCH, 0) // 24
     for sides, members in pieces:
         own = len(members) * _cost(sides)
-        choice = (own // 4 + 1, len(batches), sides)  # more padding than a quarter of the piece: open a batch
+        choice = (own // 4 + spare + 1, len(batches), sides)
         for k in range(max(0, len(batches) - _OPEN_BATCHES), len(batches)):
             top, filled = batches[k]
             joint = _joint(top, sides)

@@ -44,7 +44,7 @@ except ImportError:  # Windows: only the heartbeat protects a run
 
 # 2: health flags in the loop state; 3: the backward planner has own weights; 4: segments, rollbacks; 5: other batches;
 # 6: lessons
-FORMAT = 7
+FORMAT = 8
 CHECKPOINTS, BEST_DELTA, LOCK = "checkpoints", "best_delta.pt", ".lock"
 STEP_NAME = re.compile(r"step_(\d{9,})\.pt")
 TEMPORARY_NAME = re.compile(r"\.tmp-(\d+)-.*")

@@ -40,6 +40,7 @@ from arc_data import (
     segments_after,
     select_tasks,
     test_contexts,
+    to_device,
 )
 from config import DataConfig, packing
 
@@ -461,6 +462,11 @@ def test_every_pair_comes_once_per_epoch_and_epochs_differ(config):
     assert pairs_of(TaskSampler(tasks, config, 6, 3000), 0) != epochs[0]
 
 
+def test_a_tensor_that_is_on_its_device_stays_there():
+    x = torch.arange(3)
+    assert to_device(x, "cpu") is x and to_device(x, torch.device("meta")).is_meta
+
+
 def test_a_batch_asked_for_directly_equals_the_one_met_in_sequence(arc2):
     tasks = select_tasks(arc2, 60)
     config = DataConfig(augment="full")
@@ -561,6 +567,12 @@ def test_batches_hold_at_most_the_budget_and_keep_tasks_together(arc2):
             costs[task.id] = len(task.train) * int(shapes[:2].prod() + shapes[2:].prod())
             assert costs[task.id] > budget or len(homes[task.id]) == 1
         assert budget > 2048 or sum(cost > budget for cost in costs.values()) > 0
+
+
+def test_large_batches_are_filled(arc2):
+    """Padding is cheaper than another batch: four times the budget, less than half the batches."""
+    counts = [TaskSampler(arc2, DataConfig(), 0, budget).num_batches(0) for budget in (8192, 32768, 131072)]
+    assert all(b < a / 2 for a, b in zip(counts, counts[1:], strict=False))
 
 
 def test_the_plans_cost_is_the_cost_of_the_tensors(arc2):

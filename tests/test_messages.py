@@ -551,10 +551,10 @@ resume    demo, epoch 1, batch 6/7, from step_000000013.pt of ~""", newest_is_cu
 error: --resume: no run to resume under runs/ (looked at 1: none has a loadable checkpoint)
 {NOTHING}""", all_are_cut, all_are_still_there),
     Mistake("checkpoint of a newer version", "--resume", 5, """\
-error: checkpoint format 7 was written by ARC-EFE 1.0.0; this is 1.0.0 (format 6)
+error: checkpoint format 8 was written by ARC-EFE 1.0.0; this is 1.0.0 (format 7)
 hint: git pull""", other_format(1)),
     Mistake("checkpoint of an older version", "--resume", 5, """\
-error: checkpoint format 7 was written by ARC-EFE 1.0.0; this is 1.0.0 (format 8)
+error: checkpoint format 8 was written by ARC-EFE 1.0.0; this is 1.0.0 (format 9)
 hint: start a new run with --fresh, or resume with that version""", other_format(-1)),
     Mistake("model not cached, offline", f"FLAGS --model {QWEN} --offline", 4, f"""\
 error: {QWEN} is not in the local cache and --offline is set
