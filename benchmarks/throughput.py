@@ -4,12 +4,13 @@
 
 Takes batches of an epoch on all ARC-AGI-2 training tasks, --steps of them evenly spaced, and trains on each in three
 ways, one after the other, with the driver's own step (prompt, both directions, loss, reward, policy, memory): as the
-run does; the same batch with every grid on a 30 x 30 canvas; and its pairs one by one on that canvas, at most
---alone of them, evenly spaced. Prints pairs and useful cells per second and the share of the computed cells that are
-real; the factors, each with its range over the rounds into which the batches fall; the FLOPs that torch counts, as
-FLOP/s and as a share of what one large matrix product reaches here; and each part's share of a step, as
-benchmarks/step_cost.py takes it. With `tiny` on a CPU it exits with 1 when a limit is missed. The time is that of the
-clock on the wall: on a shared machine only the factors mean something.
+run does; the same batch with every grid on a 30 x 30 canvas; and its pairs one by one on that canvas, at most --alone
+of them, evenly spaced. Prints pairs and useful cells per second and the share of the computed cells that are real;
+the factors, each with its range over the rounds into which the batches fall; the FLOPs that torch counts, as FLOP/s
+and as a share of what one large matrix product reaches here; on a CUDA GPU the kernels of a step, and the share of
+its time that they fill; and each part's share of a step, as benchmarks/step_cost.py takes it. With `tiny` on a CPU it
+exits with 1 when a limit is missed. The time is that of the clock on the wall: on a shared machine only the factors
+mean something.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,3 +80,38 @@ def test_it_runs_on_few_tasks(benchmark, task_folder, monkeypatch, capsys):
     assert benchmark.main() == 0
     printed = capsys.readouterr().out
     assert "as trained" in printed and "counted FLOPs: " in printed and "reward and policy" in printed
+
+
+def test_kernels_are_counted_on_the_gpu_alone(benchmark, monkeypatch, capsys):
+    """Two batches of 10 ms, of which the GPU computed 3 and 1 ms in three kernels; the host's events do not count."""
+
+    def event(name, device, milliseconds):
+        return SimpleNamespace(name=name, device_type=device, device_time_total=1e3 * milliseconds)
+
+    class Profile:
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def events(self):
+            gpu = torch.autograd.DeviceType.CUDA
+            return [event("mm", gpu, 2), event("add", gpu, 1), event("mm", gpu, 1),
+                    event("aten::mm", torch.autograd.DeviceType.CPU, 9)]  # fmt: skip
+
+    stepped = []
+    monkeypatch.setattr(benchmark, "profile", Profile)
+    monkeypatch.setattr(benchmark, "step_once", lambda run, number, k: stepped.append((number, k)))
+    run = SimpleNamespace(runtime=SimpleNamespace(device=torch.device("cpu")))
+    arm = benchmark.Arm("as trained", run, None, rows=[(0.01, 0.01, 4)] * 2, measured=[5, 7])
+    benchmark.print_kernels(arm, 8)
+    assert stepped == [(5, 5), (7, 7)]
+    assert capsys.readouterr().out.splitlines() == [
+        "kernels: 2 a step, 2.0 ms of the 10.0 ms that one takes without the profiler, 20%",
+        "  75.0%  mm",
+        "  25.0%  add",
+    ]
