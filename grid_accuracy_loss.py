@@ -281,8 +281,8 @@ class Norm(nn.LayerNorm):
         return _normalised(x, self.weight)
 
 
-# What a block computes beside convolution, sums and attention: four pieces that torch.compile can fuse. `Cells`' shapes
-# vary from batch to batch; the pieces see rows of channels only, so that one graph serves all shapes.
+# What a block computes beside convolution, sums and attention, in pieces that torch.compile can fuse. The shape of a
+# canvas differs from batch to batch; compiled, the pieces see rows of channels, so that one graph serves all shapes.
 
 
 def _normalised(x: Tensor, weight: Tensor) -> Tensor:
@@ -320,7 +320,7 @@ def _heads(x: Tensor, norm: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) ->
 
 
 class Pieces(NamedTuple):
-    """The four functions of a block, plain or compiled."""
+    """The functions that a block is made of, plain or compiled; one that the prompt modulates enters in its own way."""
 
     enter: Callable[..., Tensor] = _enter
     enter_modulated: Callable[..., Tensor] = _enter_modulated

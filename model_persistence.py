@@ -43,7 +43,7 @@ except ImportError:  # Windows: only the heartbeat protects a run
     fcntl = None
 
 # 2: health flags in the loop state; 3: the backward planner has own weights; 4: segments, rollbacks; 5: other batches;
-# 6: lessons
+# 6: lessons; 7: more candidates; 8: large batches are filled
 FORMAT = 8
 CHECKPOINTS, BEST_DELTA, LOCK = "checkpoints", "best_delta.pt", ".lock"
 STEP_NAME = re.compile(r"step_(\d{9,})\.pt")
