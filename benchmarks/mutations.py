@@ -78,6 +78,9 @@ RESUME = ("tests/test_claims.py::test_resumed_run_equals_uninterrupted_run",)
 SIZES = ("tests/test_arc_data.py::test_pairs_come_once_per_epoch_whatever_the_size_changes_to",)
 SIZE_RESUME = ("tests/test_driver.py::test_resume_with_other_batch_sizes_trains_on_every_pair_once",
                "tests/test_driver.py::test_batch_size_that_changes_within_an_epoch_survives_a_kill")  # fmt: skip
+OPTIMIZERS = ("tests/test_arc_system.py::test_the_device_decides_how_an_optimizer_computes",)
+LARGE_BATCHES = ("tests/test_arc_data.py::test_large_batches_are_filled",)
+COMPILED = ("tests/test_grid_accuracy_loss.py::test_compiled_blocks_compute_the_same_with_few_graphs",)
 RATE_RESUME = ("tests/test_driver.py::test_resume_with_another_learning_rate_uses_it",)
 PARTS = ("tests/test_memory_ladder.py::test_gradients_of_parts_add_up_to_those_of_the_batch",)
 RANKING = ("tests/test_candidate_judge.py",)
@@ -188,7 +191,7 @@ FAULTS = (
           "if result.policy is not None:", STEP),
     # The memory
     Fault("own task recalled", "solver2.py",
-          'usable = mirror["task"] != self._identify("task", task_ids).to(features.device)[:, None]',
+          'usable = mirror["task"] != to_device(self._identify("task", task_ids), features.device)[:, None]',
           "usable = torch.ones_like(similarity, dtype=torch.bool)", MEMORY),
     Fault("threshold never updated", "solver2.py",
           "if seen.size:",
@@ -222,7 +225,7 @@ FAULTS = (
           '    run.system.lessons.load_state_dict(payload["lessons"])\n',
           "", RESUME),
     Fault("a task recalls its own lessons", "solver2.py",
-          'usable = mirror["task"] != self._identify("task", task_ids).to(key.device)[:, None]',
+          'usable = mirror["task"] != to_device(self._identify("task", task_ids), key.device)[:, None]',
           'usable = mirror["task"] != torch.full((len(key), 1), -1, device=key.device)', MEMORY),
     Fault("pairs come again after another batch size", "arc_data.py",
           "gone = {pair for batch in done for pair in batch}",
@@ -231,8 +234,18 @@ FAULTS = (
           "self.segments = [Segment(tuple(packed), taken) for packed, taken in self.segments]",
           "self.segments = []", SIZE_RESUME),
     Fault("learning rate of a resume undone by the checkpoint", "arc_system.py",
-          "                group.update(settings)",
-          "                group.update({})", RATE_RESUME),
+          "groups = [{**group, **now} for",
+          "groups = [{**now, **group} for", RATE_RESUME),
+    Fault("a checkpoint decides how an optimizer computes", "arc_system.py",
+          'return *settings, *(key for key in ("foreach", "fused") if key in group)',
+          "return settings", OPTIMIZERS),
+    # Batches and blocks
+    Fault("large batches are left half empty", "arc_data.py",
+          "spare = max(batch_cells - _SMALL_BATCH, 0) // 24",
+          "spare = 0", LARGE_BATCHES),
+    Fault("compiled blocks leave out what the prompt shifts", "grid_accuracy_loss.py",
+          "flat = (y.flatten(1, -2) for y in (inside, scale, shift))",
+          "flat = (y.flatten(1, -2) for y in (inside, scale, 0 * shift))", COMPILED),
     # Too little memory
     Fault("parts of a batch count as whole batches", "trainloop_complete_with_fixes.py",
           "total if share == 1 else share * total",
