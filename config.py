@@ -73,8 +73,8 @@ class RunConfig:
     )
     compile: bool = setting(
         False,
-        "fuse the planner's blocks with torch.compile, for a GPU that waits for its kernels to be launched; costs a"
-        " minute at the start",
+        "fuse the planner's blocks with torch.compile, for a GPU that waits for its kernels to be launched; the start"
+        " takes longer",
     )
     out: str = setting("runs", "folder that holds the run folders")
     name: str = setting("", "name of the run folder; default arc_complete_YYYYMMDD_HHMMSS")

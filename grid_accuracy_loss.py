@@ -365,13 +365,13 @@ class CellConv(nn.Module):
 class Cells:
     """The cells of a canvas that are planned on, and what all blocks on it share.
 
-    mask, inside [B, H, W] and [B, H, W, 1]: True on the cells; how many there are, at least 1: in_row [B, H, 1],
-    in_column [B, W, 1], in_grid [B, 1]. For attention with heads of width d: looks [B, 1, 1, H*W], where it may look;
-    rotation, cosines and sines [H*W, d / 2] of the positions, those of the row first.
+    inside [B, H, W, 1]: True on the cells; how many there are, at least 1: in_row [B, H, 1], in_column [B, W, 1],
+    in_grid [B, 1]. For attention with heads of width d: looks [B, 1, 1, H*W], where it may look; rotation, cosines and
+    sines [H*W, d / 2] of the positions, those of the row first.
     """
 
     def __init__(self, mask: Tensor, head_dim: int = 0):
-        self.mask, self.inside = mask, mask[..., None]
+        self.inside = mask[..., None]
         self.in_row = mask.sum(2).clamp(min=1)[..., None]
         self.in_column = mask.sum(1).clamp(min=1)[..., None]
         self.in_grid = mask.sum((1, 2)).clamp(min=1)[:, None]

@@ -467,6 +467,14 @@ def test_a_tensor_that_is_on_its_device_stays_there():
     assert to_device(x, "cpu") is x and to_device(x, torch.device("meta")).is_meta
 
 
+def test_a_tensor_goes_to_a_cuda_gpu_through_pinned_memory_without_waiting(monkeypatch):
+    x, done = torch.arange(3), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: done.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *where, **how: done.append((*where, how)))
+    to_device(x, "cuda:0")
+    assert done == ["pinned", ("cuda:0", {"non_blocking": True})]
+
+
 def test_a_batch_asked_for_directly_equals_the_one_met_in_sequence(arc2):
     tasks = select_tasks(arc2, 60)
     config = DataConfig(augment="full")

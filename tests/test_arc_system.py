@@ -216,8 +216,9 @@ def test_gpu_number_out_of_range_is_refused(gpus):
 )
 def test_precision_on_cuda_follows_the_capability(gpus, capability, precision, chosen):
     gpus(1, capability)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     runtime = choose_runtime(torch.device("cuda", 0), precision)
-    assert runtime.precision == chosen
+    assert runtime.precision == chosen and not torch.backends.cuda.cudnn_sdp_enabled()
     assert runtime.scaler.is_enabled() == (chosen == "fp16")
     assert runtime.reason
 
@@ -534,6 +535,28 @@ def test_compiled_blocks_plan_the_same(monkeypatch):
     assert torch.equal(planned(system), before)
 
 
+def test_what_cannot_be_compiled_later_is_computed_as_it_is(monkeypatch, caplog):
+    """A block's pieces compile when they are rehearsed; a batch of one is a shape of its own, and fails then."""
+    limit, made = [100], []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        if len(made) > limit[0]:
+            raise RuntimeError("no graph more")
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(arc_system, "compiled_pieces", lambda: compiled_pieces(backend=backend))
+    system = make_system(noise=0.1)
+    plain = planned(system, batch=1)
+    settings = torch._dynamo.config
+    with settings.patch(suppress_errors=settings.suppress_errors, recompile_limit=settings.recompile_limit):
+        assert arc_system.use_compiled(system.agent, choose_runtime(torch.device("cpu"), "auto")) == ""
+        limit[0] = len(made)
+        assert torch.equal(planned(system, batch=1), plain)
+    assert len(made) > limit[0] and "no graph more" in caplog.text
+
+
 def test_where_nothing_can_be_compiled_it_is_said_and_nothing_changes(monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("torch.compile is not supported on this Python\nand more")
@@ -547,12 +570,12 @@ def test_where_nothing_can_be_compiled_it_is_said_and_nothing_changes(monkeypatc
     assert torch.equal(planned(system), before)
 
 
-def planned(system):
+def planned(system, batch=2):
     """Return the beliefs of a system about one made-up batch."""
     rng = np.random.default_rng(0)
     grids = [rng.integers(0, 4, shape).astype(np.uint8) for shape in ((3, 4), (5, 2), (3, 4), (4, 4))]
-    contexts = [Context("a", "test:0", ((grids[0], grids[2]), (grids[1], grids[3])), grids[0])] * 2
-    query, answer = collate(contexts, [grids[3]] * 2)
+    contexts = [Context("a", "test:0", ((grids[0], grids[2]), (grids[1], grids[3])), grids[0])] * batch
+    query, answer = collate(contexts, [grids[3]] * batch)
     with torch.no_grad():
         scene = system.observe(query)
         reading, _ = system.read(query, scene, answer.target_size, answer.canvas)
