@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_check.py [--batches 100] [--model tiny] [--preset small]
 
-Runs the driver as users do. For each precision: N batches, then the state of the scaler, skipped steps, seconds per
-batch and peak memory; then `--resume --device cpu` takes the bf16 run N + 2 batches far. With `--deterministic` a run
+Runs the driver as users do. For each precision: N batches, then the state of the scaler, skipped steps and
+seconds; then `--resume --device cpu` takes the bf16 run N + 2 batches far. With `--deterministic` a run
 that is killed in its second epoch and resumed must end with the bits of one that was never stopped. Exits with 1 when a
 run fails, a loss is not finite, a step was skipped in bf16, or a bit differs.
 """
