@@ -524,7 +524,7 @@ def test_the_device_decides_how_an_optimizer_computes():
 
 def test_compiled_blocks_plan_the_same(monkeypatch):
     monkeypatch.setattr(arc_system, "compiled_pieces", lambda: compiled_pieces(backend="eager"))
-    system = make_system(agent__attention="on", noise=0.1)
+    system = make_system(noise=0.1)
     before, random_state = planned(system), torch.get_rng_state()
     settings = torch._dynamo.config
     with settings.patch(suppress_errors=settings.suppress_errors, recompile_limit=settings.recompile_limit):
